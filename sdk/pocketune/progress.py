@@ -1,0 +1,34 @@
+"""What a job tells while it runs. The core never prints: it calls a function with `Progress`, and stops when told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One event of a job.
+
+    Attributes:
+        phase: what is going on: "photos", "text", "latents", "class images", "features", "training", "samples" or "check".
+        done: finished units of `unit` in this phase.
+        total: units in this phase; 0 where it is not known.
+        unit: what is counted, in the singular: "photo", "step", "sample", "image".
+        loss: mean training loss of the last step, in the training phase.
+        rss_bytes: resident memory of the process now.
+    """
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    rss_bytes: int
+    loss: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(_: Progress) -> None:
+    """The callback that does nothing."""

@@ -1,0 +1,84 @@
+"""The recipe: all that a user asks of a personalization, as one frozen, validated value."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pocketune.errors import RecipeError
+
+
+class Recipe(BaseModel):
+    """What is asked. The defaults are those of diffusers' SD3 DreamBooth-LoRA script unless the field says otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_prompt: str = Field(min_length=1, description='Names the subject with a rare word, as in "a photo of sks toy".')
+    class_prompt: str | None = Field(default=None, description='Turns prior preservation on, as in "a photo of a toy".')
+    class_images: int = Field(default=8, ge=1, description="Images of the class, made by the base model beforehand.")
+    prior_loss_weight: float = Field(default=1.0, ge=0)
+
+    skip: str = Field(default="none", description='Blocks not trained: "none", "auto" or ranges such as "0-3,8-11".')
+    use_residuals: bool = Field(default=True, description="Add cached residuals for skipped blocks; false is the ablation.")
+    cache_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="How residuals are stored.")
+    cache_limit_mb: int = Field(default=4096, ge=1, description="Bound of the feature cache on disk, in MB of 1e6 bytes.")
+    draws: int | None = Field(
+        default=None, ge=1, description="Distinct (photo, timestep, noise) draws; default: one for every sample of every step."
+    )
+
+    resolution: int | None = Field(default=None, ge=16, description="Side of the training images in pixels; default: the model's.")
+    steps: int = Field(default=500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = Field(default=1.0, gt=0)
+    mode_scale: float = 1.29
+    precondition_outputs: bool = Field(default=True, description="Compare clean latents (EDM preconditioning), not velocities.")
+
+    rank: int = Field(default=4, ge=1, description="LoRA rank; alpha equals it.")
+    lora_targets: tuple[str, ...] | None = Field(default=None, description="Linear names inside a block; default: attention.")
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Of the frozen weights.")
+    checkpoint_every: int = Field(default=100, ge=1, description="Steps between checkpoints.")
+
+    sample_prompts: tuple[str, ...] = Field(default=(), description="Prompts of the before/after images; default: a few.")
+    sample_steps: int = Field(default=28, ge=1)
+    guidance_scale: float = Field(default=7.0, ge=0)
+
+    @classmethod
+    def create(cls, **values: Any) -> Self:
+        """Validate values given by a person.
+
+        Raises:
+            RecipeError: a field is unknown or its value is out of range; the message names each one.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+            msg = f"the recipe is not valid: {faults}. `pocketune personalize --help` lists the fields."
+            raise RecipeError(msg) from error
+
+    @classmethod
+    def from_toml(cls, path: Path, **overrides: Any) -> Self:
+        """Read a TOML file whose top-level keys are the fields; `overrides` that are not None win.
+
+        Raises:
+            RecipeError: the file is missing, is no TOML, or holds an invalid value.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            msg = f"cannot read the recipe {path}: {error.strerror}."
+            raise RecipeError(msg) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            msg = f"the recipe {path} is not valid TOML: {error}."
+            raise RecipeError(msg) from error
+        return cls.create(**(values | {name: value for name, value in overrides.items() if value is not None}))
