@@ -141,7 +141,7 @@ def prepare_latents(path: Path, vae: AutoencoderKL, *, count: int, seed: int, de
     for pixels in DataLoader(_Renders(seed, count), batch_size=None, num_workers=1, prefetch_factor=8):
         for side, images in pixels.items():
             mean = vae.encode(to_unit(images.to(device))).latent_dist.mean
-            parts[side].append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu())
+            parts[side].append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu().contiguous())
     latents = {side: torch.cat(part) for side, part in parts.items()}
     save_file({str(side): tensor for side, tensor in latents.items()}, path)
     return LatentPool(scenes, latents)

@@ -1,0 +1,99 @@
+"""Train an embedded model from nothing: `python -m pocketune.pocket.train --out FOLDER`.
+
+Stages: the VAE, the text encoders, the denoiser; then the parts are assembled into an ordinary diffusers folder. Each stage can be
+stopped at any time and goes on from its last restart point; the run's state lies in FOLDER/.training until the folder is assembled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from pocketune.atomic import write_text
+from pocketune.pocket.autoencoder import train_autoencoder
+from pocketune.pocket.denoiser import prepare_latents, train_denoiser
+from pocketune.pocket.runs import StageRun
+from pocketune.pocket.text import train_text_encoders
+
+logger = logging.getLogger(__name__)
+STAGES = ("vae", "text", "denoiser", "assemble")
+
+
+def train(out: Path, *, stages: tuple[str, ...], seed: int, vae_steps: int, text_steps: int, steps: int, scenes: int) -> None:
+    """Run the named stages in order; finished parts are loaded, not trained again."""
+    work = out / ".training"
+    if "vae" in stages:
+        logger.info("training the VAE for %d steps", vae_steps)
+        train_autoencoder(work / "vae", steps=vae_steps, seed=seed, run=StageRun(work / "vae-run"))
+    if "text" in stages:
+        logger.info("training the text encoders for %d steps", text_steps)
+        train_text_encoders(work, steps=text_steps, seed=seed, run=StageRun(work / "text-run"))
+    if "denoiser" in stages:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("encoding %d scenes", scenes)
+        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
+        pool = prepare_latents(work / "latents.safetensors", vae, count=scenes, seed=seed, device=device)
+        logger.info("training the denoiser for %d steps", steps)
+        train_denoiser(work, pool, steps=steps, seed=seed, run=StageRun(work / "denoiser-run"))
+    if "assemble" in stages:
+        assemble(work, out)
+        logger.info("wrote %s", out)
+
+
+def assemble(work: Path, out: Path) -> None:
+    """Join the trained parts into a fp16 `StableDiffusion3Pipeline` folder that stock diffusers loads."""
+    encoders = [CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder{suffix}") for suffix in ("", "_2")]
+    tokenizers = [CLIPTokenizer.from_pretrained(work / f"tokenizer{suffix}") for suffix in ("", "_2")]
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel.from_pretrained(work / "transformer"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(out)
+    last = json.loads((work / "denoiser-run" / "log.jsonl").read_text().splitlines()[-1])
+    finished = last["step"] == last["steps"]
+    write_text(out / "training.json", json.dumps({"finished": finished, **last}, indent=2) + "\n")
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated subset of: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=6500)
+    parser.add_argument("--text-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=40000, help="denoiser steps")
+    parser.add_argument("--scenes", type=int, default=40000, help="rendered scenes in the denoiser's pool")
+    options = parser.parse_args()
+    stages = tuple(options.stages.split(","))
+    unknown = set(stages) - set(STAGES)
+    if unknown:
+        parser.error(f"unknown stages {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train(
+        options.out,
+        stages=stages,
+        seed=options.seed,
+        vae_steps=options.vae_steps,
+        text_steps=options.text_steps,
+        steps=options.steps,
+        scenes=options.scenes,
+    )
+
+
+if __name__ == "__main__":
+    main()
