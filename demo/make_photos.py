@@ -1,4 +1,4 @@
-"""Makes the demo photos: views of one real cat, and renders of one toy that no model was trained on.
+"""Makes the demo photos: views of one real cat, and renders of one toy.
 
     python demo/make_photos.py
 
