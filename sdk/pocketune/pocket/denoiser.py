@@ -203,8 +203,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from))))
 
 
-def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run: StageRun) -> SD3Transformer2DModel:
-    """Train on the pool and save the averaged weights (EMA) as fp16 in `folder/transformer`."""
+def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run: StageRun) -> None:
+    """Train on the pool and save the averaged weights (EMA) as fp16 in `folder/transformer`; several processes share each batch."""
     accelerator = Accelerator()
     torch.manual_seed(seed + 2)
     model = new_denoiser()
@@ -229,7 +229,9 @@ def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run
         attention.log_count = torch.tensor(math.log(count) if rng.random() < 0.4 else -math.inf, device=hidden.device)
         sigmas = torch.randn(len(chosen), generator=generator).sigmoid()
         noise = torch.randn(latents.shape, generator=generator)
-        inputs = (tensor.to(accelerator.device) for tensor in (latents, hidden, pooled, sigmas, noise))
+        # Every process draws the whole batch and takes its share, so the number of processes does not change the stream.
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        inputs = (tensor[mine].to(accelerator.device) for tensor in (latents, hidden, pooled, sigmas, noise))
         loss = flow_loss(model, *inputs)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,9 +239,10 @@ def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run
         schedule.step()
         optimizer.zero_grad()
         average.update_parameters(model)
-        run.after_step(step + 1, steps, {f"loss{side}": loss.item()}, both, optimizer, schedule)
-    save_average(folder, average)
-    return average.module
+        if accelerator.is_main_process:
+            run.after_step(step + 1, steps, {f"loss{side}": loss.item()}, both, optimizer, schedule)
+    if accelerator.is_main_process:
+        save_average(folder, average)
 
 
 def save_average(folder: Path, average: AveragedModel) -> None:

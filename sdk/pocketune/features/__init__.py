@@ -1,0 +1,1 @@
+"""Cached residual features of the blocks that training skips."""

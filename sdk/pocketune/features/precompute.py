@@ -1,0 +1,82 @@
+"""The frozen pass that fills the feature cache, and the bound that is said before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pocketune.errors import PlanError
+from pocketune.features.cache import FeatureCache
+from pocketune.models.base import DenoiserAdapter
+from pocketune.plan.blocks import BlockPlan, Span
+from pocketune.sampling.batches import BatchMaker
+from pocketune.sampling.draws import Draw
+from pocketune.step import span_features
+
+
+def cache_bytes(plan: BlockPlan, *, draws: int, image_tokens: int, text_tokens: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes of the features of all draws, counting both streams of each skipped span; a span that holds the last block has no text."""
+    tokens = sum(image_tokens + (0 if span.stop == plan.block_count else text_tokens) for span in plan.skipped_spans)
+    return draws * tokens * width * dtype.itemsize
+
+
+def check_bound(needed_bytes: int, *, limit_mb: int, draws: int) -> None:
+    """Refuse a cache that would be too large, before anything is written.
+
+    Raises:
+        PlanError: with the settings that would make it fit.
+    """
+    limit = limit_mb * 1_000_000
+    if needed_bytes <= limit:
+        return
+    fitting = max(1, draws * limit // needed_bytes)
+    msg = (
+        f"the feature cache needs {needed_bytes / 1e6:.1f} MB for {draws} draws, the limit is {limit_mb} MB. "
+        f'Set draws = {fitting}, or cache_dtype = "bfloat16" (half the size), or raise cache_limit_mb.'
+    )
+    raise PlanError(msg)
+
+
+def precompute(
+    adapter: DenoiserAdapter,
+    plan: BlockPlan,
+    batches: Sequence[Sequence[Draw]],
+    make_batch: BatchMaker,
+    cache: FeatureCache,
+    *,
+    on_sample: Callable[[int, int], None],
+) -> None:
+    """Store the features of every draw that the cache does not hold yet.
+
+    Draws are run in the batches in which they will train, so that the cached numbers are those of the full step.
+
+    Args:
+        adapter: the frozen denoiser with every block up to the last skipped one.
+        plan: what is skipped.
+        batches: the draws of each step.
+        make_batch: turns draws into tensors.
+        cache: filled shard by shard; what was there stays.
+        on_sample: called with (done, total) draws.
+    """
+    total = sum(len(draws) for draws in batches)
+    done = 0
+    try:
+        for draws in batches:
+            if not all(key_of(draw) in cache for draw in draws):
+                features = span_features(adapter, plan, make_batch(draws))
+                for row, draw in enumerate(draws):
+                    cache.put(key_of(draw), _row(features, row))
+            done += len(draws)
+            on_sample(done, total)
+    finally:
+        cache.flush()
+
+
+def key_of(draw: Draw) -> int:
+    """The cache's number of a draw: photos even, class images odd."""
+    return 2 * draw.index + (draw.kind == "class")
+
+
+def _row(features: dict[Span, tuple[torch.Tensor, ...]], row: int) -> dict[Span, tuple[torch.Tensor, ...]]:
+    return {span: tuple(stream[row : row + 1] for stream in streams) for span, streams in features.items()}

@@ -1,0 +1,60 @@
+"""LoRA on the kept blocks, by peft; a fresh adapter changes nothing (its up-projection is zero).
+
+Paper: Hu et al. 2021 (LoRA), equation 3: h = W x + (alpha / rank) B A x. Here alpha equals the rank, as in diffusers' script.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from pocketune.errors import RecipeError
+from pocketune.models.base import DenoiserAdapter
+
+ADAPTER = "default"
+
+
+def add_lora(
+    adapter: DenoiserAdapter, *, blocks: Sequence[int], rank: int, targets: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, nn.Parameter]:
+    """Freeze the denoiser and give the named Linears of some blocks a LoRA in float32.
+
+    Args:
+        adapter: the denoiser, changed in place.
+        blocks: indices of the blocks to tune.
+        rank: of each pair of matrices.
+        targets: Linear names inside a block; default: the adapter's.
+        seed: of the down-projections, Gaussian with deviation 1 / rank.
+
+    Returns:
+        The trainable parameters by name, down (rank, in) and up (out, rank).
+
+    Raises:
+        RecipeError: no Linear of these blocks has such a name.
+    """
+    model = adapter.model
+    model.requires_grad_(False)
+    names = targets or adapter.default_lora_targets
+    wanted = {f"{adapter.block_name(index)}.{name}" for index in blocks for name in names}
+    present = [name for name, module in model.named_modules() if name in wanted and isinstance(module, nn.Linear)]
+    if not present:
+        msg = f"no Linear named {', '.join(names)} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
+        raise RecipeError(msg)
+    pattern = "|".join(re.escape(name) for name in present)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=f"({pattern})")
+    with torch.random.fork_rng():  # peft draws its start from the global generator; every value is overwritten below
+        model.add_adapter(config, adapter_name=ADAPTER)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(parameters.items()):
+        parameter.data = parameter.data.float()
+        if "lora_A" in name:
+            start = torch.randn(parameter.shape, generator=generator) / rank
+            parameter.data.copy_(start)
+        else:
+            parameter.data.zero_()
+    return parameters

@@ -1,0 +1,1 @@
+"""Diffusers models seen as ordered lists of blocks."""

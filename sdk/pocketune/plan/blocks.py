@@ -1,0 +1,113 @@
+"""Which blocks of a denoiser train and which are skipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pocketune.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of neighbouring blocks, `start` inclusive to `stop` exclusive, all skipped or all kept."""
+
+    start: int
+    stop: int
+    skipped: bool
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether nothing that trains lies before it, so that its cached output is exact."""
+        return self.start == 0
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The blocks that training skips, sorted; all others are kept and get an adapter."""
+
+    block_count: int
+    skipped: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= index < self.block_count for index in self.skipped):
+            msg = f"cannot skip block {max(self.skipped)}: the model has blocks 0 to {self.block_count - 1}."
+            raise PlanError(msg)
+        if len(self.skipped) >= self.block_count:
+            msg = f"cannot skip all {self.block_count} blocks: nothing would be left to train. Keep at least one."
+            raise PlanError(msg)
+        if list(self.skipped) != sorted(set(self.skipped)):
+            msg = f"skipped blocks must be sorted and distinct, got {self.skipped}."
+            raise PlanError(msg)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The blocks that train."""
+        skipped = set(self.skipped)
+        return tuple(index for index in range(self.block_count) if index not in skipped)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The blocks as alternating skipped and kept runs, in order."""
+        skipped = set(self.skipped)
+        spans: list[Span] = []
+        for index in range(self.block_count):
+            if spans and spans[-1].skipped == (index in skipped):
+                spans[-1] = Span(spans[-1].start, index + 1, spans[-1].skipped)
+            else:
+                spans.append(Span(index, index + 1, index in skipped))
+        return tuple(spans)
+
+    @property
+    def skipped_spans(self) -> tuple[Span, ...]:
+        """The skipped runs alone, in order."""
+        return tuple(span for span in self.spans if span.skipped)
+
+    def describe(self) -> str:
+        """The skipped blocks as a person would type them: "0-3,10-11", or "none"."""
+        return ",".join(_range_text(span) for span in self.skipped_spans) or "none"
+
+
+def parse_plan(text: str, block_count: int) -> BlockPlan:
+    """Read "none", "auto" or ranges such as "0-3,8-11" (both ends inclusive).
+
+    Raises:
+        PlanError: the text is none of these, or names blocks that the model does not have.
+    """
+    if text == "none":
+        return BlockPlan(block_count)
+    if text == "auto":
+        return half_split(block_count)
+    skipped: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            msg = f'cannot read the skip range "{part}" in "{text}": expected none, auto, or ranges such as 0-3,8-11.'
+            raise PlanError(msg)
+        last = int(match[2] or match[1])
+        if last >= block_count:
+            msg = f"cannot skip block {last}: the model has blocks 0 to {block_count - 1}. Give ranges within them, such as 0-3."
+            raise PlanError(msg)
+        skipped.update(range(int(match[1]), last + 1))
+    return BlockPlan(block_count, tuple(sorted(skipped)))
+
+
+def half_split(block_count: int) -> BlockPlan:
+    """Skip about half of the blocks, in the proportions that masking chose for FLUX.
+
+    Paper: DiT-BlockSkip (arXiv 2603.20755), Table 4: of 57 blocks the first 19 and the last 10 at 50 %.
+    Differs: the proportions stand in for a search on the model at hand.
+    """
+    first, last = round(block_count * 19 / 57), round(block_count * 10 / 57)
+    return BlockPlan(block_count, skip_ends(block_count, first, last))
+
+
+def skip_ends(block_count: int, first: int, last: int) -> tuple[int, ...]:
+    """The indices of the first `first` and the last `last` blocks."""
+    indices: Iterable[int] = [*range(first), *range(block_count - last, block_count)]
+    return tuple(sorted(set(indices)))
+
+
+def _range_text(span: Span) -> str:
+    return str(span.start) if span.stop - span.start == 1 else f"{span.start}-{span.stop - 1}"

@@ -1,0 +1,127 @@
+"""Images from prompts with the stock diffusers pipeline, with or without a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from pocketune.delta import LORA_FILE
+from pocketune.errors import FileFormatError
+from pocketune.models.load import ModelFolder, open_model
+
+BATCH = 4
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str],
+    *,
+    lora: str | Path | None = None,
+    seeds: Sequence[int] | None = None,
+    steps: int = 28,
+    guidance: float = 7.0,
+    resolution: int | None = None,
+    device: str | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Sample an image for each prompt.
+
+    Args:
+        model: built-in name, diffusers folder or hub id.
+        prompts: one image each.
+        lora: a LoRA file, a folder that holds one, or a RUN folder of `personalize`.
+        seeds: one a prompt; default 0, 1, 2 and so on. Equal seeds give equal images, whatever the other prompts are.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale.
+        resolution: image side in pixels; default: the model's.
+        device: torch device; default: CUDA where there is one.
+        on_image: called with (done, total).
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        FileFormatError: there is no LoRA at `lora`, or it does not fit the model.
+    """
+    folder = open_model(model)
+    place = torch.device(device or default_device())
+    path = find_lora(lora) if lora is not None else None
+    pipeline = folder.pipeline(dtype=torch.float32 if place.type == "cpu" else torch.float16, device=place)
+    if path is not None:
+        apply_lora(pipeline, path, folder)
+    return run_pipeline(
+        pipeline,
+        folder,
+        prompts,
+        seeds=list(seeds) if seeds is not None else list(range(len(prompts))),
+        steps=steps,
+        guidance=guidance,
+        resolution=resolution,
+        on_image=on_image,
+    )
+
+
+def run_pipeline(
+    pipeline: StableDiffusion3Pipeline,
+    folder: ModelFolder,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    resolution: int | None = None,
+    on_image: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Sample with a pipeline that is loaded already, four images at a time; arguments as of `generate`."""
+    pipeline.set_progress_bar_config(disable=True)
+    side = resolution or folder.native_resolution
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        images += pipeline(
+            prompt=list(prompts[part]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=side,
+            width=side,
+            max_sequence_length=folder.text_padding,
+        ).images
+        if on_image is not None:
+            on_image(len(images), len(prompts))
+    return images
+
+
+def find_lora(path: str | Path) -> Path:
+    """The LoRA file at a path: the file itself, or the one in a folder or a RUN folder.
+
+    Raises:
+        FileFormatError: there is none.
+    """
+    path = Path(path)
+    for candidate in (path, path / LORA_FILE, path / "lora" / LORA_FILE):
+        if candidate.is_file() and candidate.suffix == ".safetensors":
+            return candidate
+    msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE}."
+    raise FileFormatError(msg)
+
+
+def apply_lora(pipeline: StableDiffusion3Pipeline, path: Path, folder: ModelFolder) -> None:
+    """Load a LoRA into a stock pipeline.
+
+    Raises:
+        FileFormatError: the file is damaged, or belongs to another architecture.
+    """
+    try:
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
+    except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
+        first = str(error).strip().splitlines()[0][:200]
+        msg = f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first}. Use the model that it was trained on."
+        raise FileFormatError(msg) from error
+
+
+def default_device() -> str:
+    """CUDA where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

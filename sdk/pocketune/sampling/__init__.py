@@ -1,0 +1,1 @@
+"""Which photo, crop, timestep and noise each training sample uses."""

@@ -1,0 +1,131 @@
+"""The training step as pure functions: everything random is an input, nothing is remembered.
+
+What is true here can be captured as a graph, lowered, and replayed on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from pocketune.errors import PlanError
+from pocketune.models.base import DenoiserAdapter, Prompt, Streams, run_blocks
+from pocketune.plan.blocks import BlockPlan, Span
+
+Features = Mapping[Span, Streams]
+"""Of each skipped span: the streams that leave it (a prefix), or output minus input (any later span)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The inputs of one step.
+
+    Attributes:
+        latents: clean, scaled and shifted, (batch, channels, height, width).
+        noise: like latents.
+        timesteps: (batch,), as the denoiser takes them.
+        sigmas: (batch,), the noise level of each timestep.
+        prompt: encoded text, batched.
+        loss_weights: (batch,), 1 for photos and `prior_loss_weight` for class images.
+        features: cached streams of the skipped spans; empty when nothing is skipped.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    sigmas: Tensor
+    prompt: Prompt
+    loss_weights: Tensor
+    features: Features = field(default_factory=dict)
+
+    @property
+    def noisy(self) -> Tensor:
+        """Rectified flow, x_t = (1 - sigma) x_0 + sigma noise. Paper: Esser et al. 2024, equation 4."""
+        sigma = self.sigmas.view(-1, 1, 1, 1)
+        return (1.0 - sigma) * self.latents + sigma * self.noise
+
+
+def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_residuals: bool = True) -> Tensor:
+    """The denoiser's output with skipped spans replaced by what was cached for them.
+
+    Paper: DiT-BlockSkip (arXiv 2603.20755), equation 3: f'_{i+l} = f'_i + Delta f_{i,i+l}.
+    Differs: a prefix is taken from the cache as it left the blocks, so it is exact bit for bit; a difference would have to be added.
+
+    Args:
+        adapter: the denoiser; skipped blocks may have been removed.
+        plan: what is skipped.
+        batch: inputs; `features` must hold every skipped span, unless `use_residuals` is false.
+        use_residuals: false drops skipped spans altogether (the ablation without residuals).
+    """
+    noisy = batch.noisy
+    context = adapter.context(noisy, batch.timesteps, batch.prompt)
+    first = plan.spans[0]
+    cached_prefix = first.skipped and use_residuals
+    streams: Streams = () if cached_prefix else adapter.embed(noisy, batch.prompt)
+    for span in plan.spans:
+        if not span.skipped:
+            streams = run_blocks(adapter, span.start, span.stop, streams, context)
+        elif use_residuals:
+            streams = _apply(streams, span, batch.features)
+    return adapter.head(streams, context)
+
+
+def flow_matching_loss(
+    output: Tensor, batch: Batch, *, weighting_scheme: str = "logit_normal", precondition_outputs: bool = True
+) -> Tensor:
+    """The loss of diffusers' `train_dreambooth_lora_sd3.py`, a scalar.
+
+    Paper: Esser et al. 2024 (SD3), equations 5 and 14; preconditioning as in Karras et al. 2022.
+    Differs: per-sample weights stand for the script's separate sum over class images; the value is the same.
+
+    Args:
+        output: the denoiser's velocity, (batch, channels, height, width).
+        batch: the inputs that made it.
+        weighting_scheme: how sigmas weigh, as in the script.
+        precondition_outputs: compare clean latents instead of velocities.
+    """
+    sigma = batch.sigmas.view(-1, 1, 1, 1)
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme=weighting_scheme, sigmas=sigma)
+    if precondition_outputs:
+        output, target = output * (-sigma) + batch.noisy, batch.latents
+    else:
+        target = batch.noise - batch.latents
+    per_sample = (weighting.float() * (output.float() - target.float()) ** 2).flatten(1).mean(1)
+    photos = (batch.loss_weights == 1.0).sum().clamp(min=1)
+    return (per_sample * batch.loss_weights).sum() / photos
+
+
+@torch.no_grad()
+def span_features(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch) -> dict[Span, Streams]:
+    """Run the frozen model and return what `predict` needs for each skipped span.
+
+    Blocks behind the last skipped span are not run.
+    """
+    noisy = batch.noisy
+    context = adapter.context(noisy, batch.timesteps, batch.prompt)
+    streams = adapter.embed(noisy, batch.prompt)
+    features: dict[Span, Streams] = {}
+    position = 0
+    for span in plan.skipped_spans:
+        entering = run_blocks(adapter, position, span.start, streams, context)
+        streams = run_blocks(adapter, span.start, span.stop, entering, context)
+        position = span.stop
+        features[span] = (
+            streams if span.is_prefix else tuple(after - before for after, before in zip(streams, entering, strict=False))
+        )
+    return features
+
+
+def _apply(streams: Streams, span: Span, features: Features) -> Streams:
+    if span not in features:
+        msg = f"no cached features for blocks {span.start}-{span.stop - 1}: run the precompute pass with this plan first."
+        raise PlanError(msg)
+    cached = features[span]
+    if span.is_prefix:
+        return cached
+    # The last block ends the text stream, so a span that holds it has fewer residuals than streams enter it.
+    return tuple(stream + residual for stream, residual in zip(streams, cached, strict=False))

@@ -1,0 +1,115 @@
+"""The training loop: AdamW over the adapter's parameters, replaying draws, with checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from pocketune.checkpoint import CheckpointFolder
+from pocketune.errors import Interrupted, RunError
+from pocketune.features.cache import FeatureCache
+from pocketune.features.precompute import key_of
+from pocketune.models.base import DenoiserAdapter
+from pocketune.plan.blocks import BlockPlan
+from pocketune.recipe import Recipe
+from pocketune.sampling.batches import BatchMaker
+from pocketune.sampling.draws import Draw
+from pocketune.step import Batch, Features, flow_matching_loss, predict
+
+
+def step_draws(recipe: Recipe, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
+    """The draws of each optimizer step: `batch_size` photos, then as many class images if there are any."""
+    size = recipe.batch_size
+    steps = []
+    for step in range(recipe.steps):
+        positions = range(step * size, step * size + size)
+        chosen = [photos[p % len(photos)] for p in positions]
+        chosen += [class_images[p % len(class_images)] for p in positions if class_images]
+        steps.append(tuple(chosen))
+    return steps
+
+
+def train(
+    adapter: DenoiserAdapter,
+    parameters: dict[str, nn.Parameter],
+    plan: BlockPlan,
+    recipe: Recipe,
+    batches: Sequence[Sequence[Draw]],
+    make_batch: BatchMaker,
+    *,
+    cache: FeatureCache | None,
+    checkpoints: CheckpointFolder,
+    on_step: Callable[[int, int, float], None],
+) -> tuple[float, ...]:
+    """Train to the recipe's last step, from the newest checkpoint if there is one.
+
+    Args:
+        adapter: the denoiser with its adapter; skipped blocks may be gone.
+        parameters: what trains, by name.
+        plan: what is skipped.
+        recipe: optimizer settings and checkpoint interval.
+        batches: the draws of each step.
+        make_batch: turns draws into tensors.
+        cache: features of the draws; None when nothing is skipped or residuals are off.
+        checkpoints: where to save and resume.
+        on_step: called with (finished steps, steps, loss).
+
+    Returns:
+        The loss of each step.
+
+    Raises:
+        Interrupted: on Ctrl-C, after a checkpoint was saved.
+        RunError: the loss is no number any more.
+    """
+    optimizer = new_optimizer(parameters, recipe)
+    progressed = checkpoints.restore(parameters, optimizer)
+    losses = list(progressed.losses)
+    try:
+        for step in range(progressed.step, recipe.steps):
+            features = _features(cache, batches[step], make_batch)
+            loss = train_step(adapter, parameters, plan, recipe, make_batch(batches[step], features), optimizer)
+            if not torch.isfinite(torch.tensor(loss)):
+                msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
+                raise RunError(msg)
+            losses.append(loss)
+            on_step(step + 1, recipe.steps, loss)
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                checkpoints.save(parameters, optimizer, step=step + 1, losses=tuple(losses))
+    except KeyboardInterrupt as error:
+        checkpoints.save(parameters, optimizer, step=len(losses), losses=tuple(losses))
+        msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Give the same command with --resume to go on."
+        raise Interrupted(msg) from error
+    return tuple(losses)
+
+
+def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW as in diffusers' script."""
+    return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
+def train_step(
+    adapter: DenoiserAdapter,
+    parameters: dict[str, nn.Parameter],
+    plan: BlockPlan,
+    recipe: Recipe,
+    batch: Batch,
+    optimizer: torch.optim.AdamW,
+) -> float:
+    """One step: loss, backward, clip, update; the loss before the update."""
+    output = predict(adapter, plan, batch, use_residuals=recipe.use_residuals)
+    loss = flow_matching_loss(
+        output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _features(cache: FeatureCache | None, draws: Sequence[Draw], make_batch: BatchMaker) -> Features:
+    if cache is None:
+        return {}
+    return cache.get([key_of(draw) for draw in draws], device=make_batch.device, dtype=make_batch.dtype)

@@ -1,0 +1,48 @@
+"""The adapter-decomposed forward is diffusers' own forward."""
+
+import pytest
+import torch
+from pocketune.errors import PlanError
+from pocketune.models.base import Prompt, denoise
+from pocketune.models.load import ModelFolder
+
+CPU = torch.device("cpu")
+
+
+def _inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, Prompt]:
+    g = torch.Generator().manual_seed(1)
+    prompt = Prompt(hidden=torch.randn(batch, 20, 128, generator=g), pooled=torch.randn(batch, 128, generator=g))
+    return torch.randn(batch, 4, 8, 8, generator=g), torch.tensor([100.0, 900.0])[:batch], prompt
+
+
+def test_equals_diffusers_bit_for_bit(tiny_model: ModelFolder) -> None:
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
+    latents, timesteps, prompt = _inputs()
+    with torch.no_grad():
+        ours = denoise(adapter, latents, timesteps, prompt)
+        theirs = adapter.model(
+            hidden_states=latents,
+            encoder_hidden_states=prompt.hidden,
+            pooled_projections=prompt.pooled,
+            timestep=timesteps,
+            return_dict=False,
+        )[0]
+    assert torch.equal(ours, theirs)
+
+
+def test_loads_what_diffusers_loads(tiny_model: ModelFolder) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    ours = tiny_model.load_denoiser(dtype=torch.float32, device=CPU).model.state_dict()
+    theirs = SD3Transformer2DModel.from_pretrained(tiny_model.path, subfolder="transformer").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_partial_load_holds_no_weights_of_other_blocks(tiny_model: ModelFolder) -> None:
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, blocks=(2, 3))
+    present = {name.split(".")[1] for name, _ in adapter.model.named_parameters() if name.startswith("transformer_blocks.")}
+    assert present == {"2", "3"}
+    latents, timesteps, prompt = _inputs()
+    with pytest.raises(PlanError, match="removed block"):
+        denoise(adapter, latents, timesteps, prompt)

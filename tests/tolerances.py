@@ -1,0 +1,9 @@
+"""Every tolerance of the test suite, with its reason."""
+
+# One step of diffusers' script against ours: the same operations in float32, summed in another order (a mean over samples).
+SCRIPT_LOSS = 1e-6
+SCRIPT_GRADIENT = 1e-6
+# A saved and loaded LoRA file: float32 all the way, so only fused against separate LoRA arithmetic differs.
+LORA_ROUND_TRIP = 1e-5
+# bfloat16 keeps 8 bits of a residual's mantissa.
+BFLOAT16_RELATIVE = 1 / 128

@@ -1,0 +1,30 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pocketune.errors import PlanError
+from pocketune.plan.blocks import BlockPlan, half_split, parse_plan
+
+
+@given(st.sets(st.integers(0, 19), max_size=19))
+def test_spans_tile_the_blocks_and_text_round_trips(skipped: set[int]) -> None:
+    plan = BlockPlan(20, tuple(sorted(skipped)))
+    assert [i for span in plan.spans for i in range(span.start, span.stop)] == list(range(20))
+    assert {i for span in plan.skipped_spans for i in range(span.start, span.stop)} == skipped
+    assert sorted((*plan.kept, *plan.skipped)) == list(range(20))
+    assert all(a.skipped != b.skipped for a, b in zip(plan.spans, plan.spans[1:], strict=False))
+    assert parse_plan(plan.describe(), 20) == plan
+
+
+def test_auto_keeps_the_papers_proportions() -> None:
+    plan = half_split(57)
+    assert plan.skipped == (*range(19), *range(47, 57))
+    assert parse_plan("auto", 12).describe() == "0-3,10-11"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("0-12", "block 12"), ("5-3", "5-3"), ("x", "skip range"), ("", "skip range"), ("0-11", "all 12"), ("-1", "skip range")],
+)
+def test_impossible_ranges_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        parse_plan(text, 12)
