@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
+
 from pocketune.models.load import ModelFolder
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import random_scene, toy_identity

@@ -29,8 +29,8 @@ class Progressed:
 class CheckpointFolder:
     """`step-NNNNNN.safetensors` files; the newest two are kept.
 
-    Tensors are named "parameter.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME"; the metadata holds step, losses and a fingerprint of all
-    that must not change between the parts of a run.
+    Tensors are named "parameter.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME"; the metadata holds step, losses and a
+    fingerprint of all that must not change between the parts of a run.
     """
 
     def __init__(self, folder: Path, *, fingerprint: str) -> None:
@@ -72,7 +72,7 @@ class CheckpointFolder:
             msg = f"the checkpoint {found[-1]} is damaged ({error}). Delete it; the run goes on from the one before."
             raise RunError(msg) from error
         if metadata.get("fingerprint") != self._fingerprint:
-            msg = f"{found[-1]} was made with another recipe, model or photos. Resume with the same ones, or choose another --out."
+            msg = f"{found[-1]} was made with another recipe, model or photos. Resume with those, or choose another --out."
             raise RunError(msg)
         step = int(metadata["step"])
         for name, parameter in parameters.items():

@@ -46,15 +46,19 @@ def check_lora_loads(pipeline: StableDiffusion3Pipeline, path: Path) -> None:
     arrived = {f"transformer.{name}": tensor for name, tensor in loaded.items()}
     ignored = sorted(set(stored) - set(arrived))
     if ignored:
-        msg = f"diffusers ignored {len(ignored)} of {len(stored)} tensors of {path}, the first {ignored[0]}. Please report this."
+        msg = (
+            f"diffusers ignored {len(ignored)} of {len(stored)} tensors of {path}, the first {ignored[0]}. Please report this."
+        )
         raise NoEffectError(msg)
     if not any(bool(tensor.any()) for name, tensor in stored.items() if "lora_B" in name):
-        msg = f"every up-projection in {path} is zero: training changed nothing. Check the learning rate and the number of steps."
+        msg = (
+            f"every up-projection in {path} is zero: training changed nothing. Check the learning rate and the number of steps."
+        )
         raise NoEffectError(msg)
 
 
 def _plain(config: dict[str, object]) -> dict[str, object]:
-    """peft's configuration with what JSON cannot hold left out."""
+    """Peft's configuration with what JSON cannot hold left out."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 

@@ -90,8 +90,12 @@ def personalize(
             class_images = job.make_class_images()
             draws, class_draws, make_batch = job.prepare_samples(pictures, class_images, prompts)
             batches = step_draws(recipe, draws, class_draws)
-            cache = job.fill_cache(plan, batches, make_batch, prompts, Path(features) if features else run / "features", pictures)
-            losses, norms = job.train(plan, batches, make_batch, cache, CheckpointFolder(run / "checkpoints", fingerprint=fingerprint))
+            cache = job.fill_cache(
+                plan, batches, make_batch, prompts, Path(features) if features else run / "features", pictures
+            )
+            losses, norms = job.train(
+                plan, batches, make_batch, cache, CheckpointFolder(run / "checkpoints", fingerprint=fingerprint)
+            )
             pairs, change = job.sample_pairs()
             record = RunRecord(
                 model=job.folder.name,
@@ -156,8 +160,11 @@ class _Job:
         unit, largest = self.folder.resolution_unit, self.folder.largest_resolution
         if self.resolution % unit or self.resolution > largest:
             nearest = min(largest, max(unit, round(self.resolution / unit) * unit))
-            msg = f"resolution {self.resolution} does not fit {self.folder.name}: expected a multiple of {unit} up to {largest}."
-            raise PlanError(f"{msg} Try --resolution {nearest}.")
+            msg = (
+                f"resolution {self.resolution} does not fit {self.folder.name}: expected a multiple of {unit} up to {largest}. "
+                f"Try --resolution {nearest}."
+            )
+            raise PlanError(msg)
 
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""
@@ -253,9 +260,7 @@ class _Job:
         )
         cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
         with self.phase("features"):
-            adapter = self.folder.load_denoiser(
-                dtype=self.dtype, device=self.device, blocks=range(plan.skipped_spans[-1].stop)
-            )
+            adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=range(plan.skipped_spans[-1].stop))
             try:
                 precompute(
                     adapter,

@@ -29,7 +29,9 @@ class Recipe(BaseModel):
         default=None, ge=1, description="Distinct (photo, timestep, noise) draws; default: one for every sample of every step."
     )
 
-    resolution: int | None = Field(default=None, ge=16, description="Side of the training images in pixels; default: the model's.")
+    resolution: int | None = Field(
+        default=None, ge=16, description="Side of the training images in pixels; default: the model's."
+    )
     steps: int = Field(default=500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)

@@ -118,7 +118,9 @@ def apply_lora(pipeline: StableDiffusion3Pipeline, path: Path, folder: ModelFold
         pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
     except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
         first = str(error).strip().splitlines()[0][:200]
-        msg = f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first}. Use the model that it was trained on."
+        msg = (
+            f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first}. Use the model that it was trained on."
+        )
         raise FileFormatError(msg) from error
 
 

@@ -53,7 +53,7 @@ def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_resi
     """The denoiser's output with skipped spans replaced by what was cached for them.
 
     Paper: DiT-BlockSkip (arXiv 2603.20755), equation 3: f'_{i+l} = f'_i + Delta f_{i,i+l}.
-    Differs: a prefix is taken from the cache as it left the blocks, so it is exact bit for bit; a difference would have to be added.
+    Differs: a prefix is taken from the cache as it left the blocks, so it is exact bit for bit.
 
     Args:
         adapter: the denoiser; skipped blocks may have been removed.

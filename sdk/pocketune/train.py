@@ -79,7 +79,7 @@ def train(
                 checkpoints.save(parameters, optimizer, step=step + 1, losses=tuple(losses))
     except KeyboardInterrupt as error:
         checkpoints.save(parameters, optimizer, step=len(losses), losses=tuple(losses))
-        msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Give the same command with --resume to go on."
+        msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Add --resume to go on."
         raise Interrupted(msg) from error
     return tuple(losses)
 

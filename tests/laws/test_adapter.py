@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from pocketune.errors import PlanError
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch import Tensor, nn
+
 from pocketune.errors import PlanError
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.step import Batch, flow_matching_loss, predict, span_features
-from torch import Tensor, nn
-
 from tests.tolerances import SCRIPT_GRADIENT, SCRIPT_LOSS
 
 CPU = torch.device("cpu")
@@ -37,7 +37,9 @@ def with_features(batch: Batch, adapter: DenoiserAdapter, plan: BlockPlan) -> Ba
     return Batch(**{**vars(batch), "features": span_features(adapter, plan, batch)})
 
 
-def tuned(model: ModelFolder, plan: BlockPlan = NO_SKIP, *, up_scale: float = 0.05) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
+def tuned(
+    model: ModelFolder, plan: BlockPlan = NO_SKIP, *, up_scale: float = 0.05
+) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
     """A model whose LoRA is no longer fresh, so that its input gradients are not zero."""
     adapter = model.load_denoiser(dtype=torch.float32, device=CPU)
     parameters = add_lora(adapter, blocks=plan.kept, rank=4, seed=7)
@@ -98,7 +100,9 @@ def test_loss_and_gradients_equal_the_script(tiny_model: ModelFolder, preconditi
     assert ours.item() == pytest.approx(loss.item(), rel=SCRIPT_LOSS)
     expected, found = gradients(loss, parameters), gradients(ours, parameters)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=SCRIPT_GRADIENT * expected[name].abs().max().item())
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=SCRIPT_GRADIENT * expected[name].abs().max().item()
+        )
 
 
 def test_empty_plan_has_the_plain_gradients(tiny_model: ModelFolder) -> None:

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pocketune.errors import PlanError
 from pocketune.plan.blocks import BlockPlan, half_split, parse_plan
 

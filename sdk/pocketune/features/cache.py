@@ -29,8 +29,8 @@ def cache_key(parts: dict[str, Any]) -> str:
 class FeatureCache:
     """Streams of the skipped spans, by draw.
 
-    `FOLDER/index.json` lists the finished shards with their sha256; `shard-NNNN.safetensors` holds "DRAW.SPAN.STREAM" tensors, each
-    (1, tokens, width). A shard is written whole, so an interrupted pass goes on where it stopped.
+    `FOLDER/index.json` lists the finished shards with their sha256; `shard-NNNN.safetensors` holds
+    "DRAW.SPAN.STREAM" tensors, each (1, tokens, width). A shard is written whole, so an interrupted pass goes on where it stopped.
     """
 
     def __init__(self, folder: Path, *, spans: Sequence[Span], dtype: torch.dtype) -> None:
@@ -101,7 +101,7 @@ class FeatureCache:
     def _row(self, draw: int, number: int) -> list[Tensor]:
         name = self._index["draws"].get(str(draw))
         if name is None:
-            msg = f"the feature cache {self._folder} has no draw {draw}: it was made for a shorter run. Delete the folder and start again."
+            msg = f"the feature cache {self._folder} has no draw {draw}: it is incomplete. Delete it and start again."
             raise CacheError(msg)
         if name not in self._open:
             self._open[name] = safe_open(self._folder / name, framework="pt")

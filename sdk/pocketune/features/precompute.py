@@ -16,7 +16,7 @@ from pocketune.step import span_features
 
 
 def cache_bytes(plan: BlockPlan, *, draws: int, image_tokens: int, text_tokens: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of the features of all draws, counting both streams of each skipped span; a span that holds the last block has no text."""
+    """Bytes of the features of all draws: both streams of each skipped span, the image alone where the text stream ends."""
     tokens = sum(image_tokens + (0 if span.stop == plan.block_count else text_tokens) for span in plan.skipped_spans)
     return draws * tokens * width * dtype.itemsize
 

@@ -42,7 +42,9 @@ def add_lora(
     wanted = {f"{adapter.block_name(index)}.{name}" for index in blocks for name in names}
     present = [name for name, module in model.named_modules() if name in wanted and isinstance(module, nn.Linear)]
     if not present:
-        msg = f"no Linear named {', '.join(names)} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
+        msg = (
+            f"no Linear named {', '.join(names)} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
+        )
         raise RecipeError(msg)
     pattern = "|".join(re.escape(name) for name in present)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=f"({pattern})")

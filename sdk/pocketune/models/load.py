@@ -77,11 +77,13 @@ class ModelFolder:
     def text_padding(self) -> int:
         """The `max_sequence_length` for the T5 part of a prompt.
 
-        A model whose text width is just that of its CLIP encoders was made without T5; diffusers would append zero tokens for it.
+        A model whose text width is just that of its CLIP encoders was made without T5; diffusers would append zeros for it.
         """
         if (self.index.get("text_encoder_3") or [None, None])[1] is not None:
             return 256
-        widths = [_read_json(self.path / part / "config.json", f"{self.name} has no {part}")["hidden_size"] for part in _CLIP_PARTS]
+        widths = [
+            _read_json(self.path / part / "config.json", f"{self.name} has no {part}")["hidden_size"] for part in _CLIP_PARTS
+        ]
         return 0 if sum(widths) == self.denoiser_config["joint_attention_dim"] else 256
 
     def note(self) -> str | None:
@@ -182,7 +184,7 @@ def open_model(model: str | Path) -> ModelFolder:
         return ModelFolder(path.name, path)
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub_id:
-        msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id such as owner/name."
+        msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id (owner/name)."
         raise ModelError(msg)
     return ModelFolder(name, _download(name))
 
@@ -192,7 +194,7 @@ _CLIP_PARTS = ("text_encoder", "text_encoder_2")
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
@@ -213,7 +215,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def _fill(model: torch.nn.Module, shards: list[Path], *, dtype: torch.dtype, device: torch.device) -> None:
-    wanted = {name for name, _ in model.named_parameters()} | {name for name in model.state_dict()}
+    wanted = {name for name, _ in model.named_parameters()} | set(model.state_dict())
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as weights:
@@ -224,7 +226,7 @@ def _fill(model: torch.nn.Module, shards: list[Path], *, dtype: torch.dtype, dev
             raise ModelError(msg) from error
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
-        msg = f"weights are missing from {shards[0].parent}: {', '.join(missing[:3])} and {len(missing)} in all. Download the model again."
+        msg = f"{len(missing)} weights are missing from {shards[0].parent}, first {missing[0]}. Download the model again."
         raise ModelError(msg)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and (buffer.dtype != dtype or buffer.device != device):

@@ -19,7 +19,7 @@ class RemovedBlock(nn.Module):
         Raises:
             PlanError: always.
         """
-        msg = "a removed block was run: the block plan and the loaded weights disagree. Load the model with the plan's kept blocks."
+        msg = "a removed block was run: the plan and the loaded weights disagree. Load the plan's kept blocks."
         raise PlanError(msg)
 
 

@@ -87,7 +87,9 @@ def parse_plan(text: str, block_count: int) -> BlockPlan:
             raise PlanError(msg)
         last = int(match[2] or match[1])
         if last >= block_count:
-            msg = f"cannot skip block {last}: the model has blocks 0 to {block_count - 1}. Give ranges within them, such as 0-3."
+            msg = (
+                f"cannot skip block {last}: the model has blocks 0 to {block_count - 1}. Give ranges within them, such as 0-3."
+            )
             raise PlanError(msg)
         skipped.update(range(int(match[1]), last + 1))
     return BlockPlan(block_count, tuple(sorted(skipped)))

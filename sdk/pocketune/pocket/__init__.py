@@ -1,0 +1,1 @@
+"""The embedded models: scenes, renderer, training script, weights, and the judges of quality."""

@@ -117,7 +117,9 @@ def train_autoencoder(folder: Path, *, steps: int, seed: int, run: StageRun) -> 
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        run.after_step(step + 1, steps, {"loss": loss.item(), "l1": l1.item()}, accelerator.unwrap_model(vae), optimizer, schedule)
+        run.after_step(
+            step + 1, steps, {"loss": loss.item(), "l1": l1.item()}, accelerator.unwrap_model(vae), optimizer, schedule
+        )
     trained = accelerator.unwrap_model(vae).cpu().eval()
     set_latent_scale(trained, seed=seed)
     trained.save_pretrained(folder)

@@ -70,8 +70,8 @@ def new_denoiser() -> SD3Transformer2DModel:
 class PaddedJointAttention:
     """Joint attention whose last text token stands for n equal ones: its logits get log(n) added.
 
-    diffusers' pipeline appends 256 zero tokens to the text when there is no T5 encoder. Equal tokens without positions stay equal
-    through every block, so one token with a bias teaches the model to live with any number of them at no cost.
+    diffusers' pipeline appends 256 zero tokens to the text when there is no T5 encoder. Equal tokens without positions stay
+    equal through every block, so one token with a bias teaches the model to live with any number of them at no cost.
     `log_count`: (batch, 1, 1, 1), minus infinity for none.
     """
 
@@ -80,7 +80,7 @@ class PaddedJointAttention:
         self.log_count: Tensor | None = None
 
     def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object
     ) -> tuple[Tensor, Tensor]:
         """As diffusers' `JointAttnProcessor2_0`, image tokens first, plus the bias."""
         batch, length, _ = hidden_states.shape
@@ -89,10 +89,12 @@ class PaddedJointAttention:
             return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
         query = torch.cat(
-            [attn.norm_q(heads(attn.to_q(hidden_states))), attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))], dim=2
+            [attn.norm_q(heads(attn.to_q(hidden_states))), attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))],
+            dim=2,
         )
         key = torch.cat(
-            [attn.norm_k(heads(attn.to_k(hidden_states))), attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))], dim=2
+            [attn.norm_k(heads(attn.to_k(hidden_states))), attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))],
+            dim=2,
         )
         value = torch.cat([heads(attn.to_v(hidden_states)), heads(attn.add_v_proj(encoder_hidden_states))], dim=2)
         bias = torch.zeros(batch, 1, 1, key.shape[2], device=key.device, dtype=key.dtype)
@@ -182,7 +184,8 @@ def flow_loss(model: nn.Module, latents: Tensor, hidden: Tensor, pooled: Tensor,
     Args:
         model: the denoiser; timestep is 1000 sigma.
         latents: (batch, 8, h, w), clean.
-        hidden: (batch, tokens, 128), pooled: (batch, 128).
+        hidden: text, (batch, tokens, 128).
+        pooled: text, (batch, 128).
         sigmas: (batch,) in (0, 1).
         noise: like latents.
     """
@@ -204,7 +207,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run: StageRun) -> None:
-    """Train on the pool and save the averaged weights (EMA) as fp16 in `folder/transformer`; several processes share each batch."""
+    """Train on the pool and save the averaged weights (EMA) in `folder/transformer`, fp16; processes share each batch."""
     accelerator = Accelerator()
     torch.manual_seed(seed + 2)
     model = new_denoiser()

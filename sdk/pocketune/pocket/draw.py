@@ -391,7 +391,9 @@ def _grass(canvas: Image.Image, rng: np.random.Generator) -> None:
     for x, y in rng.random((14, 2)):
         x0, y0 = x * side, (horizon + 0.04 + y * (0.96 - horizon)) * side
         blade = side * 0.035
-        brush.line([x0 - blade / 2, y0 - blade, x0, y0, x0 + blade / 2, y0 - blade], fill=(48, 120, 44), width=max(2, side // 110))
+        brush.line(
+            [x0 - blade / 2, y0 - blade, x0, y0, x0 + blade / 2, y0 - blade], fill=(48, 120, 44), width=max(2, side // 110)
+        )
 
 
 def _beach(canvas: Image.Image, rng: np.random.Generator) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ class StageRun:
         self._means: dict[str, list[float]] = {}
         self._first_step: int | None = None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> int:
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+    ) -> int:
         """Load the restart point, if there is one, into all three; the number of steps done."""
         path = self._folder / "state.safetensors"
         if not path.exists():
@@ -81,4 +82,4 @@ class StageRun:
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value).contiguous() for name, value in moments.items()}
         partial = self._folder / "state.partial"
         save_file(tensors, partial)
-        os.replace(partial, self._folder / "state.safetensors")
+        partial.replace(self._folder / "state.safetensors")

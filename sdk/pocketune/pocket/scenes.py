@@ -96,7 +96,9 @@ def toy_identity(seed: int) -> Toy:
     rng = np.random.default_rng([977, seed])
     hue = float(rng.random())
     main = _hsv_to_rgb(hue, float(rng.uniform(0.45, 0.95)), float(rng.uniform(0.55, 1.0)))
-    second = _hsv_to_rgb((hue + float(rng.uniform(0.3, 0.7))) % 1.0, float(rng.uniform(0.3, 0.95)), float(rng.uniform(0.5, 1.0)))
+    second = _hsv_to_rgb(
+        (hue + float(rng.uniform(0.3, 0.7))) % 1.0, float(rng.uniform(0.3, 0.95)), float(rng.uniform(0.5, 1.0))
+    )
     return Toy(
         body=_pick(rng, BODIES),
         ears=_pick(rng, EARS),

@@ -1,8 +1,10 @@
 """Train an embedded model from nothing: `python -m pocketune.pocket.train --out FOLDER`.
 
-Stages: the VAE, the text encoders, the denoiser; then the parts are assembled into an ordinary diffusers folder. Each stage can be
-stopped at any time and goes on from its last restart point; the run's state lies in FOLDER/.training. On a CPU one process for each
-core is fastest: `ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pocketune.pocket.train ...`.
+Stages: the VAE, the text encoders, the denoiser; then the parts are assembled into an ordinary diffusers folder. Each stage
+can be stopped at any time and goes on from its last restart point; the run's state lies in FOLDER/.training. On a CPU one
+process for each core is fastest for the denoiser:
+
+    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m pocketune.pocket.train --stages denoiser ...
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The draws of a training: which photo, crop, timestep and noise each sample uses.
 
-A draw is plain data that follows from the seed and its number alone. So the pass that precomputes features and the training replay the
-same draws, a resumed run goes on with the same ones, and a phone can be given them as a file.
+A draw is plain data that follows from the seed and its number alone. So the pass that precomputes features and the training
+replay the same draws, a resumed run goes on with the same ones, and a phone can be given them as a file.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def noise_for(draw: Draw, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 def _draw(recipe: Recipe, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, stream: int, timesteps: int) -> Draw:
     round_number, place = divmod(index, len(sizes))
     image = int(np.random.default_rng([recipe.seed, stream, 0, round_number]).permutation(len(sizes))[place])
-    noise_seed, time_seed = (int(s) >> 1 for s in np.random.SeedSequence([recipe.seed, stream, 1, index]).generate_state(2, np.uint64))
+    noise_seed, time_seed = (
+        int(s) >> 1 for s in np.random.SeedSequence([recipe.seed, stream, 1, index]).generate_state(2, np.uint64)
+    )
     density = compute_density_for_timestep_sampling(
         weighting_scheme=recipe.weighting_scheme,
         batch_size=1,
