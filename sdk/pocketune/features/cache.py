@@ -29,8 +29,8 @@ def cache_key(parts: dict[str, Any]) -> str:
 class FeatureCache:
     """Streams of the skipped spans, by draw.
 
-    `FOLDER/index.json` lists the finished shards with their sha256; `shard-NNNN.safetensors` holds
-    "DRAW.SPAN.STREAM" tensors, each (1, tokens, width). A shard is written whole, so an interrupted pass goes on where it stopped.
+    `FOLDER/index.json` lists the finished shards with their sha256; `shard-NNNN.safetensors` holds "DRAW.SPAN.STREAM" tensors,
+    each (1, tokens, width). A shard is written whole, so an interrupted pass goes on where it stopped.
     """
 
     def __init__(self, folder: Path, *, spans: Sequence[Span], dtype: torch.dtype) -> None:

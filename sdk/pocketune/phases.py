@@ -1,0 +1,296 @@
+"""The phases of a personalization. Each loads what it needs, and what it loaded is gone when the next begins."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pocketune.atomic import replacing
+from pocketune.checkpoint import CheckpointFolder
+from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
+from pocketune.errors import Interrupted, NoEffectError, PlanError
+from pocketune.features.cache import FeatureCache, cache_key
+from pocketune.features.precompute import cache_bytes, check_bound, precompute
+from pocketune.memory import MemoryLog, read_memory
+from pocketune.methods.lora import add_lora
+from pocketune.models.base import Prompt
+from pocketune.models.load import ModelFolder
+from pocketune.photos import Photo
+from pocketune.plan.blocks import BlockPlan
+from pocketune.progress import OnProgress, Progress
+from pocketune.recipe import Recipe
+from pocketune.record import SamplePair
+from pocketune.sample import run_pipeline
+from pocketune.sampling.batches import BatchMaker, encode_crops
+from pocketune.sampling.draws import Draw, Kind, draw_samples
+from pocketune.train import train
+
+SAMPLE_SEED = 1000
+
+
+@dataclass
+class Phases:
+    """One personalization under way: what its phases share."""
+
+    recipe: Recipe
+    folder: ModelFolder
+    run: Path
+    device: torch.device
+    memory: MemoryLog
+    on_progress: OnProgress
+    seconds: dict[str, float] = field(default_factory=dict)
+    trained_parameters: int = 0
+
+    @property
+    def resolution(self) -> int:
+        """Side of the training images in pixels."""
+        return self.recipe.resolution or self.folder.native_resolution
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and of the arithmetic."""
+        return getattr(torch, self.recipe.dtype)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, mark it in the memory log, and return memory to the system at its end."""
+        self.memory.phase(name)
+        self.tell(name, 0, 0, "step")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            gc.collect()
+
+    def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
+        """Report progress with the memory of this moment."""
+        rss = read_memory().rss_bytes
+        self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
+
+    def check_resolution(self) -> None:
+        """Refuse a resolution that the model cannot work at."""
+        unit, largest = self.folder.resolution_unit, self.folder.largest_resolution
+        if self.resolution % unit or self.resolution > largest:
+            nearest = min(largest, max(unit, round(self.resolution / unit) * unit))
+            msg = (
+                f"resolution {self.resolution} does not fit {self.folder.name}: expected a multiple of {unit} up to {largest}. "
+                f"Try --resolution {nearest}."
+            )
+            raise PlanError(msg)
+
+    def encode_prompts(self) -> dict[Kind, Prompt]:
+        """Text embeddings of the prompts that training uses."""
+        wanted: dict[Kind, str] = {"instance": self.recipe.instance_prompt}
+        if self.recipe.class_prompt:
+            wanted["class"] = self.recipe.class_prompt
+        with self.phase("text"):
+            encoded = self.folder.encode_prompts(list(wanted.values()), device=self.device)
+        return {kind: encoded[text] for kind, text in wanted.items()}
+
+    def make_class_images(self) -> list[Image.Image]:
+        """Pictures of the class by the base model, kept in RUN/class_images for a resumed run."""
+        prompt, count = self.recipe.class_prompt, self.recipe.class_images
+        if prompt is None:
+            return []
+        paths = [self.run / "class_images" / f"{number:03d}.png" for number in range(count)]
+        with self.phase("class images"):
+            if not all(path.exists() for path in paths):
+                images = run_pipeline(
+                    self.folder.pipeline(dtype=self.dtype, device=self.device),
+                    self.folder,
+                    [prompt] * count,
+                    seeds=[self.recipe.seed + number for number in range(count)],
+                    steps=self.recipe.sample_steps,
+                    guidance=self.recipe.guidance_scale,
+                    resolution=self.resolution,
+                    on_image=lambda done, total: self.tell("class images", done, total, "image"),
+                )
+                for image, path in zip(images, paths, strict=True):
+                    _save_png(image, path)
+            return [Image.open(path).convert("RGB") for path in paths]
+
+    def prepare_samples(
+        self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
+    ) -> tuple[tuple[Draw, ...], tuple[Draw, ...], BatchMaker]:
+        """Draw all samples and encode their crops."""
+        images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
+        draws = draw_samples(self.recipe, [image.size for image in images["instance"]], kind="instance")
+        class_draws = draw_samples(self.recipe, [image.size for image in class_images], kind="class") if class_images else ()
+        with self.phase("latents"):
+            vae = self.folder.load_vae(device=self.device)
+            posteriors = encode_crops(
+                vae,
+                images,
+                (*draws, *class_draws),
+                resolution=self.resolution,
+                on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
+            )
+            del vae
+        make_batch = BatchMaker(
+            posteriors,
+            prompts,
+            self.folder.scheduler(),
+            prior_loss_weight=self.recipe.prior_loss_weight,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return draws, class_draws, make_batch
+
+    def fill_cache(
+        self,
+        plan: BlockPlan,
+        batches: Sequence[Sequence[Draw]],
+        make_batch: BatchMaker,
+        prompts: dict[Kind, Prompt],
+        root: Path,
+        pictures: Sequence[Photo],
+    ) -> FeatureCache | None:
+        """Run the frozen model over all draws and store what skipped spans contribute."""
+        if not plan.skipped or not self.recipe.use_residuals:
+            return None
+        cache_dtype: torch.dtype = getattr(torch, self.recipe.cache_dtype)
+        distinct = {(draw.kind, draw.index) for draws in batches for draw in draws}
+        needed = cache_bytes(
+            plan,
+            draws=len(distinct),
+            image_tokens=(self.resolution // self.folder.resolution_unit) ** 2,
+            text_tokens=prompts["instance"].hidden.shape[1],
+            width=self.folder.width,
+            dtype=cache_dtype,
+        )
+        check_bound(needed, limit_mb=self.recipe.cache_limit_mb, draws=len(distinct))
+        key = cache_key(
+            {
+                "model": self.folder.fingerprint(),
+                "photos": photo_hashes(pictures),
+                "prompts": [self.recipe.instance_prompt, self.recipe.class_prompt, self.recipe.class_images],
+                "skipped": plan.skipped,
+                "draws": [[draw.as_dict() for draw in draws] for draws in batches],
+                "resolution": self.resolution,
+                "dtypes": [self.recipe.dtype, self.recipe.cache_dtype],
+            }
+        )
+        cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
+        with self.phase("features"):
+            adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=range(plan.skipped_spans[-1].stop))
+            try:
+                precompute(
+                    adapter,
+                    plan,
+                    batches,
+                    make_batch,
+                    cache,
+                    on_sample=lambda done, total: self.tell("features", done, total, "sample"),
+                )
+            except KeyboardInterrupt as error:
+                msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
+                raise Interrupted(msg) from error
+            del adapter
+        return cache
+
+    def train(
+        self,
+        plan: BlockPlan,
+        batches: Sequence[Sequence[Draw]],
+        make_batch: BatchMaker,
+        cache: FeatureCache | None,
+        checkpoints: CheckpointFolder,
+    ) -> tuple[tuple[float, ...], dict[str, float]]:
+        """Train the kept blocks' LoRA and save it; the losses and the norm of each up-projection."""
+        with self.phase("training"):
+            adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=plan.kept)
+            parameters = add_lora(
+                adapter, blocks=plan.kept, rank=self.recipe.rank, targets=self.recipe.lora_targets, seed=self.recipe.seed
+            )
+            self.trained_parameters = sum(parameter.numel() for parameter in parameters.values())
+            losses = train(
+                adapter,
+                parameters,
+                plan,
+                self.recipe,
+                batches,
+                make_batch,
+                cache=cache,
+                checkpoints=checkpoints,
+                on_step=lambda done, total, loss: self.tell("training", done, total, "step", loss),
+            )
+            save_lora(adapter, self.run / "lora")
+            return losses, trained_norms(parameters)
+
+    def sample_pairs(self) -> tuple[tuple[SamplePair, ...], float]:
+        """Same-seed images without and with the LoRA, and how much it changes them (mean absolute difference, 0 to 1)."""
+        prompts = self.recipe.sample_prompts or _default_prompts(self.recipe.instance_prompt)
+        seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
+        with self.phase("samples"):
+            pipeline = self.folder.pipeline(dtype=self.dtype, device=self.device)
+            total = 2 * len(prompts)
+
+            def render(already: int) -> list[Image.Image]:
+                return run_pipeline(
+                    pipeline,
+                    self.folder,
+                    prompts,
+                    seeds=seeds,
+                    steps=self.recipe.sample_steps,
+                    guidance=self.recipe.guidance_scale,
+                    resolution=self.resolution,
+                    on_image=lambda done, _: self.tell("samples", already + done, total, "image"),
+                )
+
+            before = render(0)
+            check_lora_loads(pipeline, self.run / "lora" / LORA_FILE)
+            after = render(len(prompts))
+        change = float(np.mean([_difference(a, b) for a, b in zip(before, after, strict=True)]))
+        if change == 0.0:
+            msg = "the LoRA loads but changes no image. Train for more steps or with a higher learning_rate."
+            raise NoEffectError(msg)
+        pairs = []
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            names = [Path("samples") / f"{number:02d}-{when}.png" for when in ("before", "after")]
+            _save_png(before[number], self.run / names[0])
+            _save_png(after[number], self.run / names[1])
+            pairs.append(SamplePair(prompt=prompt, seed=seed, before=names[0], after=names[1]))
+        return tuple(pairs), change
+
+    def describe(self, plan: BlockPlan, cache: FeatureCache | None) -> dict[str, Any]:
+        """The plan as plain data for the report."""
+        return {
+            "blocks": plan.block_count,
+            "skipped": plan.describe(),
+            "trained_blocks": list(plan.kept),
+            "trained_parameters": self.trained_parameters,
+            "residuals": bool(plan.skipped) and self.recipe.use_residuals,
+            "feature_cache_bytes": cache.size_bytes if cache else 0,
+            "resolution": self.resolution,
+            "device": str(self.device),
+            "dtype": self.recipe.dtype,
+        }
+
+
+def photo_hashes(pictures: Sequence[Photo]) -> list[str]:
+    """The sha256 of each photo's file."""
+    return [photo.sha256 for photo in pictures]
+
+
+def _default_prompts(instance_prompt: str) -> tuple[str, ...]:
+    return tuple(f"{instance_prompt}{where}" for where in ("", " on grass", " at the beach", " in snow"))
+
+
+def _difference(first: Image.Image, second: Image.Image) -> float:
+    a, b = np.asarray(first, dtype=np.float32), np.asarray(second, dtype=np.float32)
+    return float(np.abs(a - b).mean() / 255)
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")

@@ -1,0 +1,136 @@
+"""The whole job on the tiny model: what a person gets, resume, repeatability, and what bad input leaves behind."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pocketune import Progress, Recipe, personalize
+from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RunError
+
+LORA = Path("lora") / "pytorch_lora_weights.safetensors"
+
+
+def quick_recipe(**changes: object) -> Recipe:
+    settings: dict[str, object] = {
+        "instance_prompt": "a photo of sks toy",
+        "steps": 4,
+        "learning_rate": 1e-2,
+        "sample_steps": 2,
+        "sample_prompts": ("a photo of sks toy",),
+        "checkpoint_every": 2,
+    }
+    return Recipe.create(**(settings | changes))
+
+
+def test_run_holds_what_was_promised(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    events: list[Progress] = []
+    run = tmp_path / "run"
+    record = personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1,5"), out=run, on_progress=events.append)
+    assert len(record.losses) == 4
+    assert record.check.nonzero and record.check.loads and record.check.image_change > 0
+    assert record.plan["feature_cache_bytes"] > 0
+    assert (run / "report.html").stat().st_size > 10_000
+    assert (run / "run.json").exists()
+    assert all((run / pair.before).exists() and (run / pair.after).exists() for pair in record.samples)
+    assert {"photos", "text", "latents", "features", "training", "samples"} <= {event.phase for event in events}
+    assert set(record.peaks) == set(record.seconds)
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_folder, text_encoder_3=None, tokenizer_3=None)
+    state, alphas = StableDiffusion3Pipeline.lora_state_dict(run / "lora", return_lora_metadata=False), None
+    assert alphas is None
+    pipeline.load_lora_weights(run / "lora")
+    stored = load_file(run / LORA)
+    assert set(state if isinstance(state, dict) else state[0]) == set(stored)
+    assert all(".transformer_blocks." in name for name in stored)
+    assert not any(f".transformer_blocks.{block}." in name for block in (0, 1, 5) for name in stored)
+
+
+def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    files = []
+    for name in ("a", "b"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1"), out=tmp_path / name)
+        files.append((tmp_path / name / LORA).read_bytes())
+    assert files[0] == files[1]
+    personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1", seed=1), out=tmp_path / "c")
+    assert (tmp_path / "c" / LORA).read_bytes() != files[0]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_interrupted_and_resumed_equals_unbroken(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    recipe = quick_recipe(skip="0-1,5", steps=5, checkpoint_every=100)
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
+
+    def stop_at_three(event: Progress) -> None:
+        if event.phase == "training" and event.done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted, match="step 3 of 5"):
+        personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, on_progress=stop_at_three)
+    record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, resume=True)
+    assert len(record.losses) == 5
+    assert (broken / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
+
+
+def test_prior_preservation_trains_on_class_images(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    recipe = quick_recipe(class_prompt="a photo of a toy", class_images=2, skip="0-1")
+    record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run")
+    assert len(list((tmp_path / "run" / "class_images").glob("*.png"))) == 2
+    plain = personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1"), out=tmp_path / "plain")
+    assert record.losses[0] > plain.losses[0]
+
+
+def test_feature_cache_is_reused(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    for name, changes in (("a", {}), ("b", {"rank": 8, "learning_rate": 1e-3})):
+        personalize(
+            toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1", **changes), out=tmp_path / name, features=shared
+        )
+    assert len(list(shared.iterdir())) == 1
+    personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-2"), out=tmp_path / "c", features=shared)
+    assert len(list(shared.iterdir())) == 2
+
+
+def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    text_file = tmp_path / "words.jpg"
+    text_file.write_text("not a picture")
+    truncated = tmp_path / "half.jpg"
+    truncated.write_bytes((toy_photos / "0.jpg").read_bytes()[:800])
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[type[Exception], Path, Path, dict[str, object]]] = [
+        (PhotoError, tmp_path / "empty", tiny_folder, {}),
+        (PhotoError, tmp_path / "nowhere", tiny_folder, {}),
+        (PhotoError, text_file, tiny_folder, {}),
+        (PhotoError, truncated, tiny_folder, {}),
+        (ModelError, toy_photos, tmp_path / "no-model", {}),
+        (ModelError, toy_photos, tmp_path / "empty", {}),
+        (PlanError, toy_photos, tiny_folder, {"skip": "0-9"}),
+        (PlanError, toy_photos, tiny_folder, {"skip": "0-5"}),
+        (PlanError, toy_photos, tiny_folder, {"resolution": 72}),
+        (PlanError, toy_photos, tiny_folder, {"skip": "0-1", "steps": 2000, "cache_limit_mb": 1}),
+    ]
+    for error, photos, model, changes in cases:
+        with pytest.raises(error):
+            personalize(photos, model=model, recipe=quick_recipe(**changes), out=out)
+        assert not out.exists(), (error, photos, changes)
+
+
+def test_existing_run_and_wrong_resume_are_refused(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=out)
+    with pytest.raises(RunError, match="exists already"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=out)
+    with pytest.raises(RunError, match="another recipe"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(rank=2), out=out, resume=True)
+    with pytest.raises(RunError, match="no interrupted run"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
