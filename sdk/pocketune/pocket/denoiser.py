@@ -25,7 +25,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 from pocketune.pocket.autoencoder import LATENT_CHANNELS, to_unit
 from pocketune.pocket.draw import render
 from pocketune.pocket.runs import StageRun
-from pocketune.pocket.scenes import IDENTIFIERS, Scene, caption, random_scene
+from pocketune.pocket.scenes import IDENTIFIERS, Scene, caption, held_out_combinations, random_scene, shows_held_out
 from pocketune.pocket.text import token_ids
 
 WIDTH = 128
@@ -221,11 +221,13 @@ def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run
     model, optimizer = accelerator.prepare(model, optimizer)
     average.to(accelerator.device)
     encode = CaptionEncoder(folder, accelerator.device)
+    held_out = frozenset(held_out_combinations())
+    allowed = np.array([number for number, scene in enumerate(pool.scenes) if not shows_held_out(scene, held_out)])
     for step in range(done, steps):
         rng = np.random.default_rng([seed, 5, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         side = 64 if rng.random() < SMALL_SHARE else 128
-        chosen = rng.integers(len(pool.scenes), size=BATCHES[side])
+        chosen = allowed[rng.integers(len(allowed), size=BATCHES[side])]
         latents = pool.latents[side][torch.from_numpy(chosen)].float()
         hidden, pooled = encode([training_caption(pool.scenes[i], rng) for i in chosen])
         count = float(rng.integers(1, STOCK_PADDING + 1)) if rng.random() < 0.5 else float(STOCK_PADDING)

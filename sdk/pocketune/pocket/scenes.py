@@ -157,6 +157,18 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False, ident
     return " ".join(words)
 
 
+def held_out_combinations() -> list[tuple[str, str, str]]:
+    """200 of the 960 combinations of class, colour and background, which no training scene may show."""
+    everything = [(noun, colour, background) for noun in CLASSES for colour in COLOURS for background in BACKGROUNDS]
+    chosen = np.random.default_rng([31, 0]).choice(len(everything), size=200, replace=False)
+    return [everything[int(index)] for index in chosen]
+
+
+def shows_held_out(scene: Scene, held_out: frozenset[tuple[str, str, str]]) -> bool:
+    """Whether a subject of the scene is one of the given combinations."""
+    return any((subject.noun, subject.colour, scene.background) in held_out for subject in scene.subjects)
+
+
 def vocabulary_corpus() -> list[str]:
     """Text with every word that captions use, for learning the tokenizer's merges."""
     words = [*CLASSES, TOY, *COLOURS, *PATTERNS, *SIZES, *PLACES, *IDENTIFIERS, *BACKGROUNDS.values()]
