@@ -1,0 +1,330 @@
+"""The manifest of a bundle: what the device must know, as strict models; `docs/bundle.md` shows the format on one screen.
+
+Nothing here imports torch or onnx. Reading is strict: unknown fields, wrong types, numbers out of range, paths that leave the
+bundle and parts that contradict each other are refused with a `FileFormatError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pocketune.errors import FileFormatError
+from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEAL_FILE = "manifest.sha256"
+MAX_MANIFEST_BYTES = 32 * 2**20
+MAX_ELEMENTS = 2**40
+
+Role = Literal[
+    "train_step",
+    "embed",
+    "block_forward",
+    "block_vjp",
+    "head",
+    "head_loss",
+    "adamw",
+    "text_encoder",
+    "text_join",
+    "vae_encoder",
+    "vae_decoder",
+]
+Dtype = Literal["float32", "int64"]
+Count = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
+Size = Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+def checked_path(path: str) -> str:
+    """Return a bundle path as it is, if it names a file inside the bundle on every system.
+
+    Raises:
+        ValueError: it is absolute, has "." or ".." parts, or characters outside A-Z a-z 0-9 . _ - and "/".
+    """
+    parts = path.split("/")
+    plain = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,120}", part) and set(part) != {"."} for part in parts)
+    if not plain or len(parts) > 4:
+        msg = f"the path {path[:80]!r} leaves the bundle or is not plain"
+        raise ValueError(msg)
+    return path
+
+
+BundlePath = Annotated[str, Field(max_length=300), AfterValidator(checked_path)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TensorSpec(_Strict):
+    """An input or output of a graph. Shapes are static."""
+
+    name: Name
+    shape: tuple[Count, ...] = Field(max_length=8)
+    dtype: Dtype
+    meaning: Name
+
+    @property
+    def elements(self) -> int:
+        """The product of the shape."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+
+class Graph(_Strict):
+    """One graph: a pure function of its inputs and of frozen weights."""
+
+    name: Name
+    file: BundlePath
+    role: Role
+    block: Count | None = Field(
+        description="Which block, of block_forward and block_vjp; which encoder, of text_encoder; else null."
+    )
+    parameters: tuple[Count, Count] | None = Field(
+        description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without LoRA."
+    )
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    weights: tuple[BundlePath, ...] = Field(description="Files with this graph's frozen weights, memory-mapped by the runtime.")
+    weight_bytes: Count = Field(description="Bytes of those files that this graph reads.")
+    activation_bytes: Count = Field(description="Planned peak of its intermediate results, when run in graph order.")
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Self:
+        names = [spec.name for spec in (*self.inputs, *self.outputs)]
+        if len(set(names)) != len(names):
+            msg = f"graph {self.name} has two inputs or outputs of one name"
+            raise ValueError(msg)
+        huge = [spec.name for spec in (*self.inputs, *self.outputs) if spec.elements > MAX_ELEMENTS]
+        if huge:
+            msg = f"graph {self.name} claims an impossible shape for {huge[0]}"
+            raise ValueError(msg)
+        return self
+
+
+class Model(_Strict):
+    """The model that was exported."""
+
+    name: Name
+    kind: Name = Field(description="Class of the denoiser in diffusers.")
+    sha256: Digest = Field(description="Of the configuration and weight files: equal exactly when the model is.")
+    note: str | None
+    block_count: Size
+    streams: tuple[Name, ...] = Field(
+        min_length=1, description="What flows from block to block; graph inputs have these names."
+    )
+
+
+class Span(_Strict):
+    """Neighbouring blocks from `start` to before `stop`, all skipped or all trained."""
+
+    start: Count
+    stop: Size
+    skipped: bool
+    features: tuple[Name, ...] = Field(
+        description="Inputs of train_step that stand for a skipped span, one a stream. Of the span that starts at "
+        "block 0: the streams that leave it. Of any other: streams leaving minus streams entering, to be added."
+    )
+
+
+class Plan(_Strict):
+    """Which blocks train. Skipped blocks are replaced by cached features, or dropped if `use_residuals` is false."""
+
+    spans: tuple[Span, ...] = Field(min_length=1)
+    use_residuals: bool
+
+
+class Batch(_Strict):
+    """The static sizes of every graph. Fewer rows are padded, more are run in turns."""
+
+    rows: Size = Field(description="Samples a step: photos first, then as many class images if the recipe has a class prompt.")
+    photos: Size
+    class_images: Count
+    resolution: Size = Field(description="Image side in pixels.")
+    latent_shape: tuple[Size, Size, Size] = Field(description="Channels, height, width.")
+    text_tokens: Size
+    text_width: Size
+    pooled_width: Size
+
+
+class Optimizer(_Strict):
+    """AdamW as PyTorch computes it, after clipping the gradient's norm. The named inputs may be changed on the device."""
+
+    kind: Literal["adamw"]
+    beta1: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
+    beta2: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    epsilon: float = Field(gt=0)
+    max_grad_norm: float = Field(gt=0)
+
+
+class NoiseSchedule(_Strict):
+    """Rectified flow: noisy latents are (1 - sigma) latents + sigma noise, and the denoiser gives the velocity noise - latents.
+
+    Of timestep index i: t = 1 - i / train_timesteps; sigma = shift t / (1 + (shift - 1) t); timestep = sigma train_timesteps.
+    """
+
+    kind: Literal["flow_match_euler"]
+    train_timesteps: Size
+    shift: float = Field(gt=0)
+
+
+class Parameter(_Strict):
+    """One LoRA tensor."""
+
+    name: Name = Field(description="In PyTorch and in checkpoints.")
+    key: Name = Field(description="In the LoRA file.")
+    shape: tuple[Size, Size]
+    block: Count
+    offset: Count | None = Field(
+        description="Of its first element in the flat vector, row-major; null if the loss does not depend on it, so that it "
+        "keeps its start value."
+    )
+
+
+class Lora(_Strict):
+    """The adapter. The flat vector holds every parameter with an offset, one after the other, without gaps."""
+
+    rank: Size
+    alpha: float = Field(gt=0)
+    targets: tuple[Name, ...]
+    parameters: tuple[Parameter, ...] = Field(min_length=1)
+    flat_elements: Size
+    initial: BundlePath = Field(
+        description="A LoRA file for diffusers with the start values; the result is this file with other values."
+    )
+
+
+class TextEncoder(_Strict):
+    """A text encoder and its tokenizer (a tokenizer.json of the `tokenizers` library). Ids are cut and padded to `tokens`."""
+
+    graph: Name
+    tokenizer: BundlePath
+    tokens: Size
+    pad_id: Count
+    pad_token: Name
+
+
+class Vae(_Strict):
+    """The encoder gives the mean and deviation of scaled and shifted latents; the decoder takes such latents."""
+
+    scaling_factor: float
+    shift_factor: float
+    downscale: Size = Field(description="Image pixels along the side of a latent pixel.")
+
+
+class Weights(_Strict):
+    """How the frozen weights are stored; all arithmetic is float32."""
+
+    storage: Literal["fp32", "fp16", "int8", "int4"]
+    block: Size | None = Field(description="Weights that share one scale along a row; null: a whole row. Of int8 and int4.")
+
+
+class Memory(_Strict):
+    """Planned bytes of the training phase, without the runtime itself."""
+
+    one_graph_anonymous: Count
+    one_graph_mapped: Count
+    streaming_anonymous: Count
+    streaming_mapped: Count
+
+
+class File(_Strict):
+    """A file of the bundle."""
+
+    path: BundlePath
+    bytes: Count
+    sha256: Digest
+
+
+class Manifest(_Strict):
+    """All that a device must know to train and sample from a bundle."""
+
+    schema_version: Literal[1]
+    pocketune_version: Name
+    backend: Literal["onnx", "executorch"]
+    opset: Annotated[int, Field(ge=1, le=20)] | None = Field(
+        description="Of ai.onnx, the only domain used; null for executorch."
+    )
+    model: Model
+    recipe: dict[str, Any] = Field(
+        description="As `pocketune.Recipe` dumps it; all that is random on the device follows from it."
+    )
+    plan: Plan
+    batch: Batch
+    weights: Weights
+    lora: Lora
+    optimizer: Optimizer
+    noise_schedule: NoiseSchedule
+    text_encoders: tuple[TextEncoder, ...]
+    vae: Vae
+    memory: Memory
+    graphs: tuple[Graph, ...] = Field(min_length=1)
+    files: tuple[File, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        for complaint in (*plan_faults(self), *parameter_faults(self.lora), *graph_faults(self)):
+            raise ValueError(complaint)
+        return self
+
+    def graph(self, role: Role, block: int | None = None) -> Graph:
+        """The graph with a role, of one block where there is one a block.
+
+        Raises:
+            FileFormatError: the bundle has none.
+        """
+        for graph in self.graphs:
+            if graph.role == role and graph.block == block:
+                return graph
+        msg = f"the bundle has no graph {role}{'' if block is None else f' of block {block}'}. Export it again."
+        raise FileFormatError(msg)
+
+    def to_json(self) -> bytes:
+        """The bytes of `manifest.json`, the same for equal manifests."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def read_manifest(content: bytes, where: str) -> Manifest:
+    """Check and read a manifest.
+
+    Args:
+        content: of `manifest.json`.
+        where: how messages name the bundle.
+
+    Raises:
+        FileFormatError: it is no manifest, of a newer schema, or contradicts itself.
+    """
+    if len(content) > MAX_MANIFEST_BYTES:
+        msg = f"{where} has a manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read. It is not a bundle."
+        raise FileFormatError(msg)
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} has a damaged manifest ({str(error)[:100]}). Copy or export the bundle again."
+        raise FileFormatError(msg) from error
+    schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA_VERSION:
+        msg = f"{where} has schema version {schema}; this Pocketune reads up to {SCHEMA_VERSION}. Update Pocketune."
+        raise FileFormatError(msg)
+    try:
+        return Manifest.model_validate_json(content)
+    except (ValidationError, RecursionError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else []
+        first = f"{'.'.join(map(str, faults[0]['loc'])) or 'manifest'}: {faults[0]['msg']}" if faults else "nested too deep"
+        msg = f"{where} has an invalid manifest: {first[:300]}. Copy or export the bundle again."
+        raise FileFormatError(msg) from error
+
+
+def schema_json() -> str:
+    """The JSON Schema of `manifest.json`, as kept in `manifest.schema.json`."""
+    return json.dumps(Manifest.model_json_schema(), indent=1) + "\n"
