@@ -46,18 +46,17 @@ def embedder():
 
 def test_shipped_measurements_keep_the_promise():
     held_out = held_out_measurements()["held_out"]
-    sharp = held_out["attributes_sharp"]
+    sharp = held_out["attributes"]["sharp"]
     assert min(sharp.values()) >= 0.97
     assert min(sharp[name] for name in ("noun", "colour", "background")) >= 0.98
-    assert held_out["subjects_sharp"]["auc"] >= 0.98
+    assert held_out["subjects"]["sharp"]["auc"] >= 0.98
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 1.5e6
 
 
-@pytest.mark.parametrize("softened", [False, True])
-def test_classifier_is_right_on_held_out_renders(classifier, softened):
-    shares = measure_classifier(classifier, count=120, softened=softened)
-    # Of 120 renders: two faults more than the 97 % that is promised, for chance.
-    assert all(share >= 0.95 for share in shares.values()), shares
+def test_classifier_is_right_on_held_out_renders(classifier):
+    for kind, shares in measure_classifier(classifier, count=120).items():
+        # Of 120 renders: three faults more than the 97 % that is promised, for chance.
+        assert all(share >= 0.94 for share in shares.values()), (kind, shares)
 
 
 def test_classifier_reads_images_of_any_size_and_mode(classifier):
@@ -80,13 +79,12 @@ def test_a_toy_has_no_colour(classifier):
     assert {row["noun"] for row in rows} == {TOY, "boat"}
 
 
-@pytest.mark.parametrize("softened", [False, True])
-def test_embedder_tells_held_out_subjects_apart(embedder, softened):
-    figures = measure_embedder(embedder, subjects=20, softened=softened)
-    assert figures["auc"] >= 0.98
-    assert figures["auc_same_shape"] >= 0.9
-    assert figures["auc_same_colours"] >= 0.8
-    assert figures["cosine_same"] > figures["cosine_different"] + 0.4
+def test_embedder_tells_held_out_subjects_apart(embedder):
+    for figures in measure_embedder(embedder, subjects=20).values():
+        assert figures["auc"] >= 0.98
+        assert figures["auc_same_shape"] >= 0.9
+        assert figures["auc_same_colours"] >= 0.8
+        assert figures["cosine_same"] > figures["cosine_different"] + 0.4
 
 
 def test_embeddings_are_unit_vectors_and_ignore_the_background(embedder):
@@ -177,7 +175,7 @@ def test_training_goes_on_bit_for_bit_where_it_was_stopped(tmp_path, monkeypatch
     monkeypatch.setattr("pocketune.pocket.train_judges.StageRun", partial(StageRun, save_every_s=0.0))
 
     def train(out):
-        train_judges(out, families=12, classifier_steps=3, embedder_steps=2, seed=5)
+        train_judges(out, families=12, small_families=1, steps=2, embedder_steps=2, small_steps=2, seed=5)
         return [load_file(out / name) for name in ("attributes.safetensors", "subjects.safetensors")]
 
     calls = 0
@@ -198,7 +196,7 @@ def test_training_goes_on_bit_for_bit_where_it_was_stopped(tmp_path, monkeypatch
 
 
 def test_damaged_weights_are_refused(tmp_path):
-    with pytest.raises(FileFormatError, match="judges.json"):
+    with pytest.raises(FileFormatError, match=r"judges\.json"):
         load_attribute_classifier(tmp_path)
     (tmp_path / "judges.json").write_text("[]")
     with pytest.raises(FileFormatError, match="JSON object"):

@@ -1,0 +1,150 @@
+"""PocketBooth, the quality benchmark: `python -m benchmarks.quality [--methods none,lora,skip50] [--table]`.
+
+Trains every method on every subject, samples every prompt, and judges subject and prompt; a raw row an image, written at once,
+so that a run that was stopped goes on where it was. `--table` then makes the Markdown table from the rows. With `--data` it
+runs on the DreamBooth data set and judges with DINO and CLIP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.embedders import DEFAULT_MODELS, open_embedder, open_prompt_judge
+from benchmarks.quality.measure import measure
+from benchmarks.quality.methods import DEFAULT_METHODS, METHODS, POCKET_RECIPE, PocketunePainter
+from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
+from benchmarks.quality.table import quality_table
+from benchmarks.rows import Row, read_rows
+from benchmarks.steering import weights_digest
+from pocketune.atomic import write_text
+from pocketune.errors import PocketuneError, RecipeError
+from pocketune.recipe import Recipe
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, measure what is missing, and write the table when asked to."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not options.table_only:
+            _measure(options)
+        if options.table or options.table_only:
+            write_text(options.table_file, quality_table(read_rows(options.out)))
+            print(f"wrote {options.table_file}")
+    except PocketuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from pocketune.models.load import open_model
+
+    recipe = _recipe(options)
+    identity = {
+        "model": options.model,
+        "weights": weights_digest(open_model(options.model).path),
+        "settings": settings_text(recipe),
+    }
+    embedder = open_embedder(options.embedder or ("dino" if options.data else "pocket"), options.embedder_model)
+    judge = open_prompt_judge(options.prompt_judge or ("clip" if options.data else "pocket"), options.prompt_judge_model)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    measure(
+        [METHODS[name] for name in options.methods],
+        _subjects(options),
+        seeds=options.seeds,
+        painter=PocketunePainter(options.model, recipe, options.work / digest),
+        embedder=embedder,
+        prompt_judge=judge,
+        identity=identity,
+        out=options.out,
+        on_row=_print_row,
+    )
+
+
+def settings_text(recipe: dict[str, Any]) -> str:
+    """What the recipe changes from its defaults, on one line, keys in order; equal recipes give equal text.
+
+    Raises:
+        RecipeError: a value is not valid.
+    """
+    Recipe.create(instance_prompt="a photo", **recipe)
+    return ", ".join(f"{name} {value}" for name, value in sorted(recipe.items())) or "default recipe"
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, Any]:
+    recipe = dict(POCKET_RECIPE) if options.data is None else {}
+    if options.recipe is not None:
+        try:
+            recipe = tomllib.loads(options.recipe.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            msg = f"cannot read the recipe {options.recipe}: {error}."
+            raise RecipeError(msg) from error
+    given = {
+        "steps": options.steps,
+        "learning_rate": options.learning_rate,
+        "rank": options.rank,
+        "guidance_scale": options.guidance,
+    }
+    recipe |= {name: value for name, value in given.items() if value is not None}
+    fixed = {"instance_prompt", "sample_prompts", *(key for method in METHODS.values() for key in method.changes)}
+    return {name: value for name, value in recipe.items() if name not in fixed}
+
+
+def _subjects(options: argparse.Namespace) -> list[BoothSubject]:
+    if options.data is None:
+        return pocket_subjects(options.subjects or POCKET_SUBJECTS)
+    return dreambooth_subjects(options.data)[: options.subjects]
+
+
+def _print_row(row: Row) -> None:
+    scores = f"subject {row['subject_similarity']:.3f}  prompt {row['prompt_fidelity']:.2f}"
+    print(f"{row['method']:20} {row['subject']:8} seed {row['seed']}  {scores}  {row['prompt']}", flush=True)
+
+
+def _method_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        msg = f"unknown method {unknown[0]}; choose from {', '.join(METHODS)}"
+        raise argparse.ArgumentTypeError(msg)
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="pocket-sd3", help="built-in name, diffusers folder or hub id (%(default)s)")
+    parser.add_argument(
+        "--methods", type=_method_names, default=list(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}; default: all"
+    )
+    parser.add_argument("--subjects", type=int, help="only the first N subjects")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0], help="as 0,1,2")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"), help="raw rows (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="training runs (%(default)s)")
+    parser.add_argument("--recipe", type=Path, help="TOML base recipe in place of PocketBooth's own")
+    parser.add_argument("--steps", type=int, help="training steps")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--guidance", type=float, help="guidance scale when sampling")
+    parser.add_argument(
+        "--data", type=Path, help="the `dataset` folder of the DreamBooth repository, in place of rendered subjects"
+    )
+    parser.add_argument("--embedder", choices=("pocket", "dino", "clip"), help="default: pocket, or dino with --data")
+    parser.add_argument("--embedder-model", help=f"local folder or hub id; default: {DEFAULT_MODELS}")
+    parser.add_argument("--prompt-judge", choices=("pocket", "clip"), help="default: pocket, or clip with --data")
+    parser.add_argument("--prompt-judge-model", help="local folder or hub id")
+    parser.add_argument("--table", action="store_true", help="make the table afterwards")
+    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
+    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/quality.md"), help="(%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
