@@ -30,7 +30,7 @@ class Batch:
         timesteps: (batch,), as the denoiser takes them.
         sigmas: (batch,), the noise level of each timestep.
         prompt: encoded text, batched.
-        loss_weights: (batch,), 1 for photos and `prior_loss_weight` for class images.
+        loss_weights: (batch,), 1 / photos for each photo and prior_loss_weight / class images for each class image.
         features: cached streams of the skipped spans; empty when nothing is skipped.
     """
 
@@ -94,9 +94,8 @@ def flow_matching_loss(
         output, target = output * (-sigma) + batch.noisy, batch.latents
     else:
         target = batch.noise - batch.latents
-    per_sample = (weighting.float() * (output.float() - target.float()) ** 2).flatten(1).mean(1)
-    photos = (batch.loss_weights == 1.0).sum().clamp(min=1)
-    return (per_sample * batch.loss_weights).sum() / photos
+    per_sample: Tensor = (weighting.float() * (output.float() - target.float()) ** 2).flatten(1).mean(1)
+    return (per_sample * batch.loss_weights).sum()
 
 
 @torch.no_grad()

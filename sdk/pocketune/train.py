@@ -102,7 +102,7 @@ def train_step(
     loss = flow_matching_loss(
         output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
     )
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

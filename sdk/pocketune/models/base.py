@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 Streams = tuple[Tensor, ...]
 """What flows from block to block, image tokens first: (image: (batch, tokens, width), text: (batch, tokens, width))."""
@@ -37,7 +37,7 @@ class Context:
 class DenoiserAdapter(Protocol):
     """A diffusers denoiser as blocks. `embed`, all blocks in order and `head` together equal the model's own forward."""
 
-    model: nn.Module
+    model: Any  # an nn.Module; diffusers ships no types
     stream_names: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
 

@@ -20,7 +20,7 @@ from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.mmdit import SD3Adapter
 
 BUILT_IN = ("pocket-sd3",)
-_DENOISERS: dict[str, tuple[type, type]] = {"SD3Transformer2DModel": (SD3Transformer2DModel, SD3Adapter)}
+_DENOISERS: dict[str, tuple[Any, Any]] = {"SD3Transformer2DModel": (SD3Transformer2DModel, SD3Adapter)}
 
 
 class ModelFolder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ class SD3Adapter:
 
     def __init__(self, model: SD3Transformer2DModel) -> None:
         """Wrap a model; it is neither copied nor changed."""
-        self.model: nn.Module = model
+        self.model: Any = model
         self._blocks: nn.ModuleList = model.transformer_blocks
 
     @property

@@ -80,6 +80,7 @@ class BatchMaker:
     def __call__(self, draws: Sequence[Draw], features: Features | None = None) -> Batch:
         """The batch of some draws, in their order; `features` are those of the same draws."""
         latents, noises = zip(*(self._latents(draw) for draw in draws), strict=True)
+        kinds = [draw.kind for draw in draws]
         indices = [draw.timestep_index for draw in draws]
         prompts = [self._prompts[draw.kind] for draw in draws]
         return Batch(
@@ -91,7 +92,7 @@ class BatchMaker:
                 hidden=self._to_device(torch.cat([prompt.hidden for prompt in prompts])),
                 pooled=self._to_device(torch.cat([prompt.pooled for prompt in prompts])),
             ),
-            loss_weights=torch.tensor([self._weights[draw.kind] for draw in draws], device=self.device),
+            loss_weights=torch.tensor([self._weights[kind] / kinds.count(kind) for kind in kinds], device=self.device),
             features=features or {},
         )
 
