@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from pocketune.models.base import Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe

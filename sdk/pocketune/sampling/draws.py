@@ -83,7 +83,7 @@ def centre_crop(size: tuple[int, int]) -> Crop:
 def cut(image: Image.Image, crop: Crop, *, resolution: int) -> Tensor:
     """Cut and resize, (3, resolution, resolution) in [-1, 1]."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
-    patch = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+    patch = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
     pixels = torch.from_numpy(np.array(patch, dtype=np.float32))
     return pixels.permute(2, 0, 1).div(127.5).sub(1.0).contiguous()
 
