@@ -13,16 +13,25 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from benchmarks.rows import append_row
 from pocketune.atomic import write_text
 from pocketune.pocket.steering import ATTRIBUTES, Row, measure_steering, summarize
 
-__all__ = ["load_pipeline", "main", "measure_steering", "summarize", "weights_digest"]
+__all__ = ["load_pipeline", "main", "measure_steering", "quiet_loading", "summarize", "weights_digest"]
+
+
+def quiet_loading() -> None:
+    """Turn off the progress bars that diffusers and transformers draw whenever they load a part."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
     """The folder as stock diffusers loads it, in float32, on a GPU where there is one."""
+    quiet_loading()
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32, local_files_only=True
     )

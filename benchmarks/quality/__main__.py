@@ -21,7 +21,7 @@ from benchmarks.quality.methods import DEFAULT_METHODS, METHODS, POCKET_RECIPE, 
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table
 from benchmarks.rows import Row, read_rows
-from benchmarks.steering import weights_digest
+from benchmarks.steering import quiet_loading, weights_digest
 from pocketune.atomic import write_text
 from pocketune.errors import PocketuneError, RecipeError
 from pocketune.recipe import Recipe
@@ -45,12 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> None:
     from pocketune.models.load import open_model
 
+    quiet_loading()
     recipe = _recipe(options)
-    identity = {
-        "model": options.model,
-        "weights": weights_digest(open_model(options.model).path),
-        "settings": settings_text(recipe),
-    }
+    folder = open_model(options.model)
+    identity = {"model": folder.name, "weights": weights_digest(folder.path), "settings": settings_text(recipe)}
     embedder = open_embedder(options.embedder or ("dino" if options.data else "pocket"), options.embedder_model)
     judge = open_prompt_judge(options.prompt_judge or ("clip" if options.data else "pocket"), options.prompt_judge_model)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
