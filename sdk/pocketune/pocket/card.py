@@ -1,0 +1,106 @@
+"""Measure an embedded model on held-out scenes and write its model card: `python -m pocketune.pocket.card FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+from pocketune.atomic import write_text
+from pocketune.pocket.autoencoder import to_unit
+from pocketune.pocket.draw import render
+from pocketune.pocket.scenes import random_scene
+from pocketune.pocket.steering import measure_steering
+
+VAE_SCENES = 64
+_STREAM = 37
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, *, size: int, seed: int = 0) -> float:
+    """Mean peak signal-to-noise ratio, in dB, of 64 held-out renders of size x size pixels through the VAE."""
+    rng = np.random.default_rng([_STREAM, seed])
+    ratios = []
+    for _ in range(VAE_SCENES // 8):
+        pixels = np.stack([np.asarray(render(random_scene(rng), size=size)) for _ in range(8)])
+        images = to_unit(torch.from_numpy(pixels)).to(vae.device)
+        decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+        errors = (decoded - images).square().flatten(1).mean(1)
+        ratios += [10 * math.log10(4.0 / error) for error in errors.tolist()]
+    return sum(ratios) / len(ratios)
+
+
+def measure(folder: Path, *, prompts: int = 200) -> dict[str, Any]:
+    """Parameters, bytes, VAE fidelity, and how often prompts give what they name."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    _, steering = measure_steering(pipeline, prompts)
+    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text encoders": pipeline.text_encoder}
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    parameters["text encoders"] *= 2
+    return {
+        "parameters": parameters,
+        "weights_bytes": sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
+        "vae_psnr_db": {size: round(reconstruction_psnr(pipeline.vae, size=size), 2) for size in (64, 128)},
+        "steering": steering,
+    }
+
+
+def write_card(folder: Path, measured: dict[str, Any]) -> None:
+    """Write `measurements.json` and `README.md` into the model folder."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    write_text(folder / "measurements.json", json.dumps(measured, indent=2) + "\n")
+    steering = measured["steering"]
+    state = "Training is finished." if training["finished"] else "**This is an interim checkpoint; training goes on.**"
+    progress = f"Denoiser steps: {training['step']} of {training['steps']} (batches of 32 at 128 pixels or 64 at 64 pixels)."
+    lines = [
+        f"# {folder.name}",
+        "",
+        "A small Stable-Diffusion-3-style pipeline that Pocketune embeds, trained from nothing on scenes that it renders itself:",
+        "12 joint MMDiT blocks of width 128, a VAE with 8x down-sampling and 8 latent channels, two CLIP-style text encoders.",
+        f"{state} {progress}",
+        "",
+        "```python",
+        "from diffusers import StableDiffusion3Pipeline",
+        "pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)",
+        'image = pipeline("a photo of a red car on grass", guidance_scale=4.0, max_sequence_length=0).images[0]',
+        "```",
+        "",
+        "| measured on held-out scenes | value |",
+        "|---|---|",
+        f"| named class seen | {steering['noun']:.1%} of {steering['count']} prompts |",
+        f"| named colour seen | {steering['colour']:.1%} |",
+        f"| named background seen | {steering['background']:.1%} |",
+        f"| all three seen | {steering['all']:.1%} |",
+        *(f"| VAE reconstruction at {size} px | {value} dB PSNR |" for size, value in measured["vae_psnr_db"].items()),
+        *(f"| parameters, {name} | {count / 1e6:.2f} M |" for name, count in measured["parameters"].items()),
+        f"| weights on disk (fp16) | {measured['weights_bytes'] / 1e6:.1f} MB |",
+        "",
+        "The prompts name combinations of class, colour and background that were held out of training from step 800 on; the",
+        "judge is an attribute classifier trained on renders; guidance 4, 28 steps. Known limits: it knows only the words of its",
+        "captions, small details (eyes, patterns) are soft, and photographs come out as the VAE sees them, in flat strokes.",
+        "",
+        "Licence: Apache-2.0. No photograph and no other model went into it but the public-domain photographs that scikit-image",
+        "carries, which the VAE saw.",
+    ]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Measure the folder of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prompts", type=int, default=200)
+    options = parser.parse_args()
+    write_card(options.folder, measure(options.folder, prompts=options.prompts))
+
+
+if __name__ == "__main__":
+    main()
