@@ -63,7 +63,7 @@ def write_card(folder: Path, measured: dict[str, Any]) -> None:
     lines = [
         f"# {folder.name}",
         "",
-        "A small Stable-Diffusion-3-style pipeline that Pocketune embeds, trained from nothing on scenes that it renders itself:",
+        "A small Stable-Diffusion-3-style pipeline, trained from nothing on scenes that Pocketune renders:",
         "12 joint MMDiT blocks of width 128, a VAE with 8x down-sampling and 8 latent channels, two CLIP-style text encoders.",
         f"{state} {progress}",
         "",
@@ -83,12 +83,14 @@ def write_card(folder: Path, measured: dict[str, Any]) -> None:
         *(f"| parameters, {name} | {count / 1e6:.2f} M |" for name, count in measured["parameters"].items()),
         f"| weights on disk (fp16) | {measured['weights_bytes'] / 1e6:.1f} MB |",
         "",
-        "The prompts name combinations of class, colour and background that were held out of training from step 800 on; the",
-        "judge is an attribute classifier trained on renders; guidance 4, 28 steps. Known limits: it knows only the words of its",
-        "captions, small details (eyes, patterns) are soft, and photographs come out as the VAE sees them, in flat strokes.",
+        "The prompts name combinations of class, colour and background that are held out of training. The judge is an attribute",
+        "classifier trained on renders; guidance 4, 28 steps.",
+        *([training["notes"]] if "notes" in training else []),
+        "Known limits: the model knows only the words of its captions, small details (eyes, patterns) are soft, and photographs",
+        "come out as the VAE sees them, in flat strokes.",
         "",
-        "Licence: Apache-2.0. No photograph and no other model went into it but the public-domain photographs that scikit-image",
-        "carries, which the VAE saw.",
+        "Licence: Apache-2.0. The VAE also saw a few photographs that scikit-image carries (public domain or CC0); no other",
+        "photograph and no other model went into it.",
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
 

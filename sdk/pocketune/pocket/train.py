@@ -69,7 +69,9 @@ def assemble(work: Path, out: Path) -> None:
     pipeline.save_pretrained(out)
     last = json.loads((work / "denoiser-run" / "log.jsonl").read_text().splitlines()[-1])
     finished = last["step"] == last["steps"]
-    write_text(out / "training.json", json.dumps({"finished": finished, **last}, indent=2) + "\n")
+    notes = work / "notes.txt"
+    remarks = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
+    write_text(out / "training.json", json.dumps({"finished": finished, **last, **remarks}, indent=2) + "\n")
 
 
 def main() -> None:
