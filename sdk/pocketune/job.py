@@ -27,7 +27,7 @@ from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
 from pocketune.sample import default_device
-from pocketune.train import step_draws
+from pocketune.sampling.draws import step_draws
 
 MAX_PHOTO_SIDE = 2048
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -88,7 +88,7 @@ def personalize(
             )
             pairs, change = job.sample_pairs()
             record = RunRecord(
-                model=job.folder.name,
+                model=job.folder.source,
                 model_kind=job.folder.denoiser_kind,
                 model_note=job.folder.note(),
                 recipe=recipe,

@@ -45,6 +45,7 @@ def test_run_holds_what_was_promised(tiny_folder: Path, toy_photos: Path, tmp_pa
     stored = load_file(run / LORA)
     loaded = {name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name}
     assert len(loaded) == len(stored)
+    assert record.model == str(tiny_folder)
     assert all(".transformer_blocks." in name for name in stored)
     assert not any(f".transformer_blocks.{block}." in name for block in (0, 1, 5) for name in stored)
 

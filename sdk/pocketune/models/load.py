@@ -34,6 +34,7 @@ class ModelFolder:
         """
         self.name = name
         self.path = path
+        self.source = name if name in BUILT_IN or "/" in name else str(path.resolve())
         self.index = _read_json(path / "model_index.json", f"{path} is not a diffusers model folder")
         kind = (self.index.get("transformer") or self.index.get("unet") or [None, "none"])[1]
         if kind not in _DENOISERS:
