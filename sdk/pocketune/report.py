@@ -85,8 +85,10 @@ def render_report(record: RunRecord, folder: Path) -> str:
 
 
 def megabytes(size_bytes: float) -> str:
-    """Bytes as a person reads them, in MB of 1e6 bytes: 1,234 MB, or 3.2 MB."""
+    """Bytes as a person reads them, in MB of 1e6 bytes: 3.2 MB, 1,234 MB, and 25.3 GB from 10 GB on."""
     size = size_bytes / 1e6
+    if size >= 10_000:
+        return f"{size / 1e3:.1f} GB"
     return f"{size:,.0f} MB" if size >= 100 else f"{size:.1f} MB"
 
 

@@ -19,7 +19,7 @@ from pocketune.memory import MemoryReading, MemoryRow
 from pocketune.plots import loss_plot, memory_plot, smooth, thin
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord, SamplePair
-from pocketune.report import duration, render_report, write_report
+from pocketune.report import duration, megabytes, render_report, write_report
 
 EVIL = "<script>alert('x')</script> & \"sks\" toy"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -252,5 +252,6 @@ def test_plots_are_drawn_for_one_value_and_follow_the_text_colour() -> None:
         assert svg.startswith("<svg") and svg.endswith("</svg>") and "currentColor" in svg
 
 
-def test_durations_are_readable() -> None:
+def test_durations_and_sizes_are_readable() -> None:
+    assert [megabytes(b) for b in (3_240_000, 1_234_000_000, 25_277_000_000)] == ["3.2 MB", "1,234 MB", "25.3 GB"]
     assert [duration(s) for s in (4.24, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 5 min"]
