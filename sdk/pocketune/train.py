@@ -19,18 +19,6 @@ from pocketune.sampling.draws import Draw
 from pocketune.step import Batch, Features, flow_matching_loss, predict
 
 
-def step_draws(recipe: Recipe, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
-    """The draws of each optimizer step: `batch_size` photos, then as many class images if there are any."""
-    size = recipe.batch_size
-    steps = []
-    for step in range(recipe.steps):
-        positions = range(step * size, step * size + size)
-        chosen = [photos[p % len(photos)] for p in positions]
-        chosen += [class_images[p % len(class_images)] for p in positions if class_images]
-        steps.append(tuple(chosen))
-    return steps
-
-
 def train(
     adapter: DenoiserAdapter,
     parameters: dict[str, nn.Parameter],

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from PIL import Image
 
 from pocketune.models.base import Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import BatchMaker, encode_crops
-from pocketune.sampling.draws import centre_crop, cut, draw_samples
-from pocketune.train import step_draws
+from pocketune.sampling.draws import centre_crop, cut, draw_samples, noise_for, step_draws, timestep_density
+from pocketune.sampling.philox import Stream, normals, words
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,50 @@ def test_timesteps_follow_the_logit_normal_density() -> None:
     u = (np.array(indices) + 0.5) / 1000
     logits = np.log(u / (1 - u))
     assert abs(logits.mean()) < 0.08 and abs(logits.std() - 1) < 0.06
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "mode", "none"])
+def test_density_equals_the_scripts(scheme: str) -> None:
+    asked = recipe(weighting_scheme=scheme, logit_mean=0.3, logit_std=1.7)
+    for seed in range(20):
+        expected = compute_density_for_timestep_sampling(
+            scheme, 1, 0.3, 1.7, asked.mode_scale, generator=torch.Generator().manual_seed(seed)
+        )
+        normal = torch.randn(1, generator=torch.Generator().manual_seed(seed)).item()
+        uniform = torch.rand(1, generator=torch.Generator().manual_seed(seed)).item()
+        assert timestep_density(asked, uniform=uniform, normal=normal) == pytest.approx(expected.item(), abs=1e-6)
+
+
+def philox_block(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Philox4x64-10 as the paper writes it."""
+    mask = 2**64 - 1
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        p0, p1 = 0xD2E7470EE14C6C93 * c0, 0xCA5A826395121157 * c2
+        c0, c1, c2, c3 = (p1 >> 64) ^ c1 ^ k0, p1 & mask, (p0 >> 64) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return c0, c1, c2, c3
+
+
+def test_random_words_are_those_of_the_paper() -> None:
+    blocks = [philox_block((7, Stream.NOISE), (n, 3, 11, 0)) for n in (1, 2)]
+    assert words(7, Stream.NOISE, 8, purpose=3, index=11).tolist() == [*blocks[0], *blocks[1]]
+
+
+def test_draws_never_change() -> None:
+    """Other runtimes make these numbers again, so a change would part them from checkpoints in the field."""
+    assert normals(7, Stream.NOISE, (3,)).tolist() == pytest.approx([0.81827831, -0.62558916, -1.15657666], abs=1e-8)
+    draw = draw_samples(recipe(), [(8, 8)] * 3, kind="instance")[5]
+    assert (draw.image, draw.timestep_index, draw.noise_seed) == (0, 351, 6851612954928451372)
+
+
+def test_noise_is_standard_normal_and_posterior_noise_is_other_noise() -> None:
+    noise, posterior = noise_for(draw_samples(recipe(), [(8, 8)], kind="instance")[0], (1, 16, 64, 65))
+    for values in (noise, posterior):
+        assert values.dtype == np.float32 and values.shape == (1, 16, 64, 65)
+        assert abs(values.mean()) < 0.015 and abs(values.std() - 1) < 0.01 and abs((values**4).mean() - 3) < 0.1
+    assert abs((noise * posterior).mean()) < 0.015
+    assert abs((noise[..., :-1] * noise[..., 1:]).mean()) < 0.015
 
 
 def test_a_bounded_pool_is_replayed_in_order() -> None:

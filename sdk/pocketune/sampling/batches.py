@@ -47,7 +47,7 @@ def encode_crops(
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     posteriors: dict[CropKey, Posterior] = {}
     for done, (kind, image, crop) in enumerate(wanted):
-        pixels = cut(images[kind][image], crop, resolution=resolution)[None].to(vae.device)
+        pixels = torch.from_numpy(cut(images[kind][image], crop, resolution=resolution)[None]).to(vae.device)
         latents = vae.encode(pixels).latent_dist
         mean, std = (latents.mean - shift) * scale, latents.std * scale
         posteriors[kind, image, crop] = Posterior(mean.cpu(), std.cpu())
@@ -98,7 +98,7 @@ class BatchMaker:
 
     def _latents(self, draw: Draw) -> tuple[Tensor, Tensor]:
         posterior = self._posteriors[draw.kind, draw.image, draw.crop]
-        noise, posterior_noise = noise_for(draw, tuple(posterior.mean.shape))
+        noise, posterior_noise = (torch.from_numpy(values) for values in noise_for(draw, tuple(posterior.mean.shape)))
         return posterior.mean + posterior.std * posterior_noise, noise
 
     def _to_device(self, tensor: Tensor) -> Tensor:

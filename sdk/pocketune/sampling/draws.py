@@ -1,24 +1,63 @@
 """The draws of a training: which photo, crop, timestep and noise each sample uses.
 
 A draw is plain data that follows from the seed and its number alone. So the pass that precomputes features and the training
-replay the same draws, a resumed run goes on with the same ones, and a phone can be given them as a file.
+replay the same draws, a resumed run goes on with the same ones, and another runtime makes the same. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from pocketune.recipe import Recipe
+from pocketune.sampling.philox import Stream, normals, uniforms, words
 
 Kind = Literal["instance", "class"]
+
+
+# Second word of the counter, see `philox.words`.
+_ORDER, _SEEDS, _TIMESTEP, _POSTERIOR = range(4)
+
+
+class Asked(Protocol):
+    """The fields of a recipe that draws follow from."""
+
+    @property
+    def seed(self) -> int:
+        """Of all random numbers."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+
+    @property
+    def batch_size(self) -> int:
+        """Photos a step."""
+
+    @property
+    def draws(self) -> int | None:
+        """Bound of the pool of distinct draws."""
+
+    @property
+    def weighting_scheme(self) -> str:
+        """Density of the timesteps."""
+
+    @property
+    def logit_mean(self) -> float:
+        """Of the logit-normal density."""
+
+    @property
+    def logit_std(self) -> float:
+        """Of the logit-normal density."""
+
+    @property
+    def mode_scale(self) -> float:
+        """Of the mode density."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +94,7 @@ class Draw:
         return asdict(self)
 
 
-def draw_samples(recipe: Recipe, sizes: Sequence[tuple[int, int]], *, kind: Kind, timesteps: int = 1000) -> tuple[Draw, ...]:
+def draw_samples(recipe: Asked, sizes: Sequence[tuple[int, int]], *, kind: Kind, timesteps: int = 1000) -> tuple[Draw, ...]:
     """All draws of a run, one for every sample of every step unless the recipe bounds the pool.
 
     Photos come in shuffled rounds; timesteps as in diffusers' SD3 script (`weighting_scheme`, Esser et al. 2024, section 3.1).
@@ -69,8 +108,19 @@ def draw_samples(recipe: Recipe, sizes: Sequence[tuple[int, int]], *, kind: Kind
     count = recipe.steps * recipe.batch_size
     if recipe.draws is not None:
         count = min(count, recipe.draws)
-    stream = 0 if kind == "instance" else 1
-    return tuple(_draw(recipe, index, sizes, kind, stream, timesteps) for index in range(count))
+    return tuple(_draw(recipe, index, sizes, kind, timesteps) for index in range(count))
+
+
+def step_draws(recipe: Asked, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
+    """The draws of each optimizer step: `batch_size` photos, then as many class images if there are any."""
+    size = recipe.batch_size
+    steps = []
+    for step in range(recipe.steps):
+        positions = range(step * size, step * size + size)
+        chosen = [photos[p % len(photos)] for p in positions]
+        chosen += [class_images[p % len(class_images)] for p in positions if class_images]
+        steps.append(tuple(chosen))
+    return steps
 
 
 def centre_crop(size: tuple[int, int]) -> Crop:
@@ -80,39 +130,55 @@ def centre_crop(size: tuple[int, int]) -> Crop:
     return Crop(left=(width - side) // 2, top=(height - side) // 2, side=side)
 
 
-def cut(image: Image.Image, crop: Crop, *, resolution: int) -> Tensor:
+def cut(image: Image.Image, crop: Crop, *, resolution: int) -> NDArray[np.float32]:
     """Cut and resize, (3, resolution, resolution) in [-1, 1]."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
     patch = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
-    pixels = torch.from_numpy(np.array(patch, dtype=np.float32))
-    return pixels.permute(2, 0, 1).div(127.5).sub(1.0).contiguous()
+    pixels = np.asarray(patch, dtype=np.float32).transpose(2, 0, 1)
+    return np.ascontiguousarray(pixels / np.float32(127.5) - np.float32(1.0))
 
 
-def noise_for(draw: Draw, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def noise_for(draw: Draw, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The draw's diffusion noise and its posterior noise, both float32 of the given shape, equal on every device."""
-    generator = torch.Generator().manual_seed(draw.noise_seed)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    noise = normals(draw.noise_seed, Stream.NOISE, shape)
+    posterior = normals(draw.noise_seed, Stream.NOISE, shape, purpose=_POSTERIOR)
+    return noise.astype(np.float32), posterior.astype(np.float32)
 
 
-def _draw(recipe: Recipe, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, stream: int, timesteps: int) -> Draw:
+def timestep_density(recipe: Asked, *, uniform: float, normal: float) -> float:
+    """A position from 0 (noisiest) to 1, as diffusers' `compute_density_for_timestep_sampling` makes it of a random number.
+
+    Paper: Esser et al. 2024 (SD3), section 3.1.
+
+    Args:
+        recipe: scheme and its constants.
+        uniform: a number in [0, 1), used by the schemes that are not logit-normal.
+        normal: a standard normal number.
+    """
+    if recipe.weighting_scheme == "logit_normal":
+        logit = recipe.logit_mean + recipe.logit_std * normal
+        return 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
+    if recipe.weighting_scheme == "mode":
+        return 1.0 - uniform - recipe.mode_scale * (math.cos(math.pi * uniform / 2) ** 2 - 1.0 + uniform)
+    return uniform
+
+
+def _draw(recipe: Asked, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, timesteps: int) -> Draw:
+    stream = Stream.PHOTOS if kind == "instance" else Stream.CLASS_IMAGES
     round_number, place = divmod(index, len(sizes))
-    image = int(np.random.default_rng([recipe.seed, stream, 0, round_number]).permutation(len(sizes))[place])
-    noise_seed, time_seed = (
-        int(s) >> 1 for s in np.random.SeedSequence([recipe.seed, stream, 1, index]).generate_state(2, np.uint64)
-    )
-    density = compute_density_for_timestep_sampling(
-        weighting_scheme=recipe.weighting_scheme,
-        batch_size=1,
-        logit_mean=recipe.logit_mean,
-        logit_std=recipe.logit_std,
-        mode_scale=recipe.mode_scale,
-        generator=torch.Generator().manual_seed(time_seed),
+    shuffled = np.argsort(words(recipe.seed, stream, len(sizes), purpose=_ORDER, index=round_number), kind="stable")
+    image = int(shuffled[place])
+    raw = words(recipe.seed, stream, 2, purpose=_SEEDS, index=index)
+    density = timestep_density(
+        recipe,
+        uniform=float(uniforms(raw)[1]),
+        normal=float(normals(recipe.seed, stream, (1,), purpose=_TIMESTEP, index=index)[0]),
     )
     return Draw(
         index=index,
         kind=kind,
         image=image,
         crop=centre_crop(sizes[image]),
-        timestep_index=min(int(density.item() * timesteps), timesteps - 1),
-        noise_seed=noise_seed,
+        timestep_index=min(max(int(density * timesteps), 0), timesteps - 1),
+        noise_seed=int(raw[0]) >> 1,
     )
