@@ -98,17 +98,37 @@ class ModelFolder:
         return f"{self.name} is an interim checkpoint (step {training.get('step')} of {training.get('steps')})."
 
     def fingerprint(self) -> str:
-        """Changes when the denoiser or the VAE changes: a hash of their configurations and of weight names, sizes and times."""
+        """Changes when the model does, and is the same on every machine.
+
+        A hash of the configurations and, of every weight file, of its header and the first bytes of each tensor, so that it
+        takes no time with a large model.
+        """
         parts: list[Any] = [self.denoiser_config, self.vae_config]
         for folder in ("transformer", "vae", *_CLIP_PARTS, "text_encoder_3"):
             for file in sorted((self.path / folder).glob("*.safetensors")):
-                stat = file.stat()
-                parts.append([folder, file.name, stat.st_size, stat.st_mtime_ns])
+                parts.append([folder, file.name, _weights_digest(file)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The noise schedule."""
         return FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
+
+    def empty_denoiser(self) -> DenoiserAdapter:
+        """The denoiser's structure, frozen, with its parameters on the meta device."""
+        model_class, adapter_class = _DENOISERS[self.denoiser_kind]
+        with init_empty_weights():
+            model = model_class.from_config(self.denoiser_config)
+        model.requires_grad_(False)
+        adapter: DenoiserAdapter = adapter_class(model.eval())
+        return adapter
+
+    def denoiser_files(self) -> list[Path]:
+        """The safetensors files with the denoiser's weights.
+
+        Raises:
+            ModelError: there are none.
+        """
+        return _weight_files(self.path / "transformer", self.name)
 
     def load_denoiser(
         self, *, dtype: torch.dtype, device: torch.device, blocks: Collection[int] | None = None
@@ -120,14 +140,12 @@ class ModelFolder:
         Raises:
             ModelError: weights are missing or damaged.
         """
-        model_class, adapter_class = _DENOISERS[self.denoiser_kind]
-        with init_empty_weights():
-            model = model_class.from_config(self.denoiser_config)
-        adapter: DenoiserAdapter = adapter_class(model)
+        adapter = self.empty_denoiser()
+        model = adapter.model
         if blocks is not None:
             for index in set(range(adapter.block_count)) - set(blocks):
                 adapter.remove_block(index)
-        _fill(model, _weight_files(self.path / "transformer", self.name), dtype=dtype, device=device)
+        _fill(model, self.denoiser_files(), dtype=dtype, device=device)
         model.requires_grad_(False)
         model.eval()
         return adapter
@@ -213,6 +231,25 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         msg = f"{name} has no safetensors weights in {folder}. Other formats are not read; convert the model with diffusers."
         raise ModelError(msg)
     return plain or found
+
+
+def _weights_digest(path: Path) -> str:
+    """Hash a safetensors file's header and the first KiB of each tensor: retraining changes every tensor from its start."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, 2**27))
+            digest.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    file.seek(8 + length + start)
+                    digest.update(file.read(min(end - start, 1024)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"the weights {path} are damaged ({str(error)[:100]}). Download the model again."
+        raise ModelError(msg) from error
+    return digest.hexdigest()
 
 
 def _fill(model: torch.nn.Module, shards: list[Path], *, dtype: torch.dtype, device: torch.device) -> None:
