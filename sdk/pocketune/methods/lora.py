@@ -6,11 +6,11 @@ Paper: Hu et al. 2021 (LoRA), equation 3: h = W x + (alpha / rank) B A x. Here a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from pocketune.errors import RecipeError
 from pocketune.models.base import DenoiserAdapter
@@ -51,12 +51,21 @@ def add_lora(
     with torch.random.fork_rng():  # peft draws its start from the global generator; every value is overwritten below
         model.add_adapter(config, adapter_name=ADAPTER)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(parameters.items()):
-        parameter.data = parameter.data.float()
-        if "lora_A" in name:
-            start = torch.randn(parameter.shape, generator=generator) / rank
-            parameter.data.copy_(start)
-        else:
-            parameter.data.zero_()
+    for name, start in start_values(parameters, rank=rank, seed=seed).items():
+        parameters[name].data = parameters[name].data.float().copy_(start)
     return parameters
+
+
+def start_values(parameters: Mapping[str, Tensor], *, rank: int, seed: int) -> dict[str, Tensor]:
+    """What a fresh adapter's parameters are, float32 on the CPU, in the order of their names.
+
+    Args:
+        parameters: by name; only their shapes are used.
+        rank: of each pair of matrices.
+        seed: of the down-projections, Gaussian with deviation 1 / rank; up-projections are zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(parameter.shape, generator=generator) / rank if "lora_A" in name else torch.zeros(parameter.shape)
+        for name, parameter in sorted(parameters.items())
+    }
