@@ -55,6 +55,7 @@ def render_report(record: RunRecord, folder: Path) -> str:
     thumbnails = sorted((folder / "photos").glob("*.jpg"))
     return environment.from_string(template).render(
         record=record,
+        model_name=Path(record.model).name if Path(record.model).is_absolute() else record.model,
         accent=ACCENT,
         tiles=_tiles(record),
         blocks=_block_cells(record.plan),
