@@ -39,6 +39,7 @@ nightly: install
 
 table: install
 	$(BIN)/python -m benchmarks.quality --table-only
+	$(BIN)/python -m benchmarks.insert_tables
 
 clean:
 	rm -rf $(VENV) $(DEMO)-toy $(DEMO)-cat .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
