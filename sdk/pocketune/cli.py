@@ -6,6 +6,7 @@ torch is imported by the commands that train or sample, not here, so that the ot
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -40,6 +41,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but er
 
 def main() -> None:
     """Run the console script `pocketune`."""
+    # transformers warns about optional packages while it is imported, before anything else could ask it not to.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 

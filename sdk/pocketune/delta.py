@@ -13,8 +13,10 @@ from torch import nn
 
 from pocketune.atomic import replacing
 from pocketune.errors import NoEffectError
+from pocketune.headers import with_sorted_metadata
 from pocketune.methods.lora import ADAPTER
 from pocketune.models.base import DenoiserAdapter
+from pocketune.models.quiet import quiet_libraries
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -30,7 +32,7 @@ def save_lora(adapter: DenoiserAdapter, folder: Path) -> Path:
             transformer_lora_layers={name: tensor.contiguous() for name, tensor in layers.items()},
             transformer_lora_adapter_metadata=_plain(config),
         )
-        (Path(scratch) / LORA_FILE).replace(partial)
+        partial.write_bytes(with_sorted_metadata((Path(scratch) / LORA_FILE).read_bytes()))
     return path
 
 
@@ -41,7 +43,8 @@ def check_lora_loads(pipeline: StableDiffusion3Pipeline, path: Path) -> None:
         NoEffectError: a key was ignored, or the adapter is all zeros.
     """
     stored = load_file(path)
-    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="check")
+    with quiet_libraries():
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="check")
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="check")
     arrived = {f"transformer.{name}": tensor for name, tensor in loaded.items()}
     ignored = sorted(set(stored) - set(arrived))

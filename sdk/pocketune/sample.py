@@ -12,6 +12,7 @@ from PIL import Image
 from pocketune.delta import LORA_FILE
 from pocketune.errors import FileFormatError
 from pocketune.models.load import ModelFolder, open_model
+from pocketune.models.quiet import quiet_libraries
 
 BATCH = 4
 
@@ -115,7 +116,8 @@ def apply_lora(pipeline: StableDiffusion3Pipeline, path: Path, folder: ModelFold
         FileFormatError: the file is damaged, or belongs to another architecture.
     """
     try:
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
+        with quiet_libraries():
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
     except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
         first = str(error).strip().splitlines()[0][:200]
         msg = (

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.mmdit import SD3Adapter
+from pocketune.models.quiet import quiet_libraries
 
 BUILT_IN = ("pocket-sd3",)
 _DENOISERS: dict[str, tuple[Any, Any]] = {"SD3Transformer2DModel": (SD3Transformer2DModel, SD3Adapter)}
@@ -152,22 +153,25 @@ class ModelFolder:
 
     def load_vae(self, *, device: torch.device) -> AutoencoderKL:
         """The VAE in float32, frozen."""
-        vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+        with quiet_libraries():
+            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
         vae.requires_grad_(False)
         return vae.eval()
 
     def pipeline(self, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion3Pipeline:
         """The stock diffusers pipeline, for sampling."""
-        return StableDiffusion3Pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
+        with quiet_libraries():
+            return StableDiffusion3Pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, device: torch.device) -> dict[str, Prompt]:
         """Encode prompts with diffusers' own code, float32 on the CPU, each (1, tokens, width) and (1, width)."""
         with init_empty_weights():  # diffusers asks the denoiser for its text width, and for nothing else
             denoiser = _DENOISERS[self.denoiser_kind][0].from_config(self.denoiser_config)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.path, dtype=torch.float32, transformer=denoiser, vae=None, **self._absent_parts()
-        )
+        with quiet_libraries():
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                self.path, dtype=torch.float32, transformer=denoiser, vae=None, **self._absent_parts()
+            )
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
             if encoder is not None:
                 encoder.to(device)
