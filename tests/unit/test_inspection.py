@@ -195,6 +195,7 @@ HOSTILE_HEADERS = {
     "shape and size disagree": {"x": TWO | {"shape": [3]}},
     "unknown type": {"x": TWO | {"dtype": "PICKLE"}},
     "metadata that is no text": {"__metadata__": {"a": 1}, "x": TWO},
+    "list in place of an entry": {"x": ["F32", [2], [0, 8]]},
     "no offsets": {"x": {"dtype": "F32", "shape": [2]}},
 }
 
@@ -364,10 +365,19 @@ def test_run_folder(tmp_path):
 
 
 def test_interrupted_run(tmp_path):
-    (tmp_path / "checkpoints/step-00100").mkdir(parents=True)
+    (tmp_path / "checkpoints").mkdir()
+    newest = tmp_path / "checkpoints/step-000200.safetensors"
+    for step in (100, 200):
+        save_file({"x": np.ones(1)}, tmp_path / f"checkpoints/step-000{step}.safetensors", metadata={"step": f"{step}"})
+    (tmp_path / "checkpoints/.step-000300.safetensors.a1.partial").touch()
     found = describe(tmp_path)
     assert (found.kind, found.facts["finished"], found.facts["resumable"]) == ("run", False, True)
-    assert found.facts["checkpoints"] == ["step-00100"]
+    assert found.facts["checkpoints"] == ["step-000100.safetensors", "step-000200.safetensors"]
+    assert found.facts["checkpoint_step"] == 200
+    newest.write_bytes(newest.read_bytes()[:-1])
+    found = describe(tmp_path)
+    assert not found.facts["resumable"]
+    assert "newest checkpoint cannot be used" in found.notes[0]
 
 
 def test_run_without_its_result(tmp_path):

@@ -119,6 +119,7 @@ def test_peak_of_anonymous_memory_belongs_to_its_phase():
 @linux
 def test_a_short_new_maximum_of_resident_memory_is_not_missed():
     with MemoryLog(interval_s=60) as log:  # no sample ever falls into the phase
+        assert [row.phase for row in log.rows] == ["start"]
         before = read_memory().rss_bytes
         needed = read_peak_rss() - before + 40 * MB
         log.phase("spike")
@@ -144,7 +145,10 @@ def test_long_logs_are_thinned_and_keep_their_maxima(monkeypatch):
     assert max(row.rss_bytes for row in rows if row.phase == "start") == 6000 == log.peaks()["start"].rss_bytes
     assert max(row.anonymous_bytes for row in rows) == 399
     assert {row.phase for row in rows} == {"start", "later"}
-    assert [row.anonymous_bytes for row in rows] == sorted(row.anonymous_bytes for row in rows)
+    ends = [-1, *(row.anonymous_bytes for row in rows)]
+    assert all(
+        0 < second - first <= 100 for first, second in pairwise(ends)
+    )  # no part of the time is much coarser than the rest
 
 
 def test_thread_ends_with_the_log_even_when_the_job_fails():

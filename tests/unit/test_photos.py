@@ -204,13 +204,17 @@ def test_folder_is_sorted_and_passes_over_what_is_no_photo(tmp_path):
 
 
 def test_result_does_not_depend_on_where_photos_lie_or_how_they_are_named(tmp_path):
-    left, right = tmp_path / "left", tmp_path / "right"
-    for folder, seed in ((left, 1), (right, 2)):
-        folder.mkdir()
-        (folder / "same.png").write_bytes(encoded(landscape(seed=seed), "PNG"))
-    forwards, backwards = load_photos([left, right]), load_photos([right / "same.png", left])
-    assert len(forwards) == 2
-    assert forwards == backwards
+    results = []
+    for seeds in ((1, 2), (2, 1)):
+        for side, seed in zip(("left", "right"), seeds, strict=True):
+            (tmp_path / side).mkdir(exist_ok=True)
+            (tmp_path / side / "same.png").write_bytes(encoded(landscape(seed=seed), "PNG"))
+        results += [
+            load_photos([tmp_path / "left", tmp_path / "right"]),
+            load_photos([tmp_path / "right/same.png", tmp_path / "left"]),
+        ]
+    assert len(results[0]) == 2
+    assert all(result == results[0] for result in results)
 
 
 def test_duplicates_are_dropped_and_reported(tmp_path):

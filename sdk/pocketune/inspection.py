@@ -1,0 +1,225 @@
+"""What is this file or folder? A LoRA, other tensors, a run, a model or a bundle; read without running or loading anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pocketune.errors import FileFormatError
+from pocketune.lorafile import describe_lora, find_blocks, find_pairs
+from pocketune.tensorfile import TensorFile, open_tensor_file
+
+LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
+
+_PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_JSON_LIMIT_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What something is.
+
+    Attributes:
+        kind: "lora", "tensors" (a .safetensors file of another sort), "run", "model" or "bundle".
+        path: what was looked at.
+        size_bytes: of the file, or of all files in the folder.
+        facts: by name; JSON-able; which ones there are depends on the kind.
+        notes: what a person should know, worst first: an adapter that changes nothing, damaged values, unmatched halves.
+    """
+
+    kind: Literal["lora", "tensors", "run", "model", "bundle"]
+    path: str
+    size_bytes: int
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the inspection as JSON-able values."""
+        return asdict(self)
+
+
+def inspect(path: Path | str) -> Inspection:
+    """Recognise a file or folder and describe it. Pickles are never opened.
+
+    Raises:
+        FileFormatError: it is missing, damaged, a pickle, or none of the known kinds.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _inspect_folder(path)
+        head = path.open("rb").read(16) if path.is_file() else None
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        raise FileFormatError(msg) from error
+    if head is None:
+        msg = f"{path} is no file or folder. Check the path."
+        raise FileFormatError(msg)
+    tensors = path.suffix.lower() == ".safetensors" or head[8:9] == b"{"
+    if path.suffix.lower() in _PICKLED or (not tensors and _is_pickle(head)):
+        msg = (
+            f"{path} is a pickle or an archive of one: opening it can run any program, so it is not opened. "
+            "Get the .safetensors version from its author, or convert it in a sandbox that you trust."
+        )
+        raise FileFormatError(msg)
+    if not tensors:
+        msg = (
+            f"{path} is not recognised: expected a .safetensors file, or the folder of a run, a diffusers model or a bundle, "
+            f"got a file that begins with {head[:8]!r}. Check the path."
+        )
+        raise FileFormatError(msg)
+    return _inspect_tensors(open_tensor_file(path))
+
+
+def _is_pickle(head: bytes) -> bool:
+    return head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def _inspect_folder(folder: Path) -> Inspection:
+    if (folder / "model_index.json").is_file():
+        return _inspect_model(folder)
+    if (folder / "manifest.json").is_file():
+        return _inspect_bundle(folder)
+    if (folder / "run.json").is_file() or (folder / LORA_FILE).is_file() or (folder / "checkpoints").is_dir():
+        return _inspect_run(folder)
+    tensors = [entry for entry in sorted(folder.glob("*.safetensors")) if not entry.name.startswith(".")]
+    if len(tensors) == 1:
+        return _inspect_tensors(open_tensor_file(tensors[0]))
+    msg = (
+        f"{folder} is not recognised: expected run.json or checkpoints (a run), model_index.json (a diffusers model), "
+        f"manifest.json (a bundle) or a single .safetensors file, found {len(tensors)} of the latter. Name the file itself."
+    )
+    raise FileFormatError(msg)
+
+
+def _inspect_tensors(file: TensorFile) -> Inspection:
+    pairs = find_pairs(file)
+    facts: dict[str, Any] = {
+        "parameters": file.parameters,
+        "dtypes": list(file.dtypes),
+        "tensors": len(file.tensors),
+        "metadata": {key[:200]: value[:2000] for key, value in file.metadata.items()},
+    }
+    if not pairs:
+        facts["blocks"] = find_blocks(file.tensors)
+        return Inspection(kind="tensors", path=str(file.path), size_bytes=file.size_bytes, facts=facts)
+    lora, notes = describe_lora(file, pairs)
+    return Inspection(kind="lora", path=str(file.path), size_bytes=file.size_bytes, facts=facts | lora, notes=notes)
+
+
+def _inspect_run(folder: Path) -> Inspection:
+    record = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    checkpoints = [name for name in _names(folder / "checkpoints") if name.endswith(".safetensors")]
+    notes: tuple[str, ...] = ()
+    steps = None
+    if checkpoints:
+        try:
+            steps = open_tensor_file(folder / "checkpoints" / checkpoints[-1]).metadata.get("step")
+        except FileFormatError as error:
+            notes = (f"The newest checkpoint cannot be used: {error}",)
+    facts: dict[str, Any] = {
+        "finished": bool(record),
+        "resumable": steps is not None,
+        "checkpoint_step": int(steps) if steps is not None and steps.isdecimal() else None,
+        "checkpoints": checkpoints,
+        "report": (folder / "report.html").is_file(),
+        "samples": len([name for name in _names(folder / "samples") if name.endswith("-after.png")]),
+        "photos": len(_names(folder / "photos")),
+        "class_images": len(_names(folder / "class_images")),
+    }
+    facts |= {key: record[key] for key in ("model", "model_kind", "started", "recipe", "check") if key in record}
+    if (folder / LORA_FILE).is_file():
+        lora = _inspect_tensors(open_tensor_file(folder / LORA_FILE))
+        facts["lora"], notes = lora.facts, (*lora.notes, *notes)
+    elif record:
+        notes = (f"run.json is there but {LORA_FILE} is not: the result of this run was removed.", *notes)
+    return Inspection(kind="run", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)
+
+
+def _inspect_model(folder: Path) -> Inspection:
+    index = _read_json(folder / "model_index.json")
+    components: dict[str, Any] = {}
+    notes = []
+    for name, value in index.items():
+        named = isinstance(value, list) and len(value) == 2 and all(isinstance(item, str) for item in value)
+        if not named or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            continue
+        components[name] = {"library": value[0], "class": value[1]}
+        if not (folder / name).is_dir():
+            notes.append(f"Component {name} is listed in model_index.json but its folder is missing.")
+            continue
+        files = [open_tensor_file(path) for path in _weight_files(folder / name)]
+        if files:
+            entries = [entry for file in files for entry in file.tensors]
+            components[name] |= {
+                "parameters": sum(file.parameters for file in files),
+                "dtypes": sorted({dtype for file in files for dtype in file.dtypes}),
+                "size_bytes": sum(file.size_bytes for file in files),
+                "blocks": find_blocks(entries),
+            }
+        elif any(path.suffix in _PICKLED for path in (folder / name).iterdir()):
+            notes.append(f"Component {name} has only pickled weights, which are not opened. Get its .safetensors files.")
+    facts = {
+        "pipeline": str(index.get("_class_name", "unknown")),
+        "diffusers_version": str(index.get("_diffusers_version", "unknown")),
+        "parameters": sum(component.get("parameters", 0) for component in components.values()),
+        "components": components,
+    }
+    return Inspection(kind="model", path=str(folder), size_bytes=_size(folder), facts=facts, notes=tuple(notes))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Give the files that together hold a component once: the shards of an index, else the file without a variant name."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: (path.name.count("."), path.name))
+    if indexes:
+        shards = _read_json(indexes[0]).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            msg = f"{indexes[0]} is damaged: expected a weight_map of file names in the same folder. Copy the model again."
+            raise FileFormatError(msg)
+        return sorted(folder / name for name in names)
+    return sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))[:1]
+
+
+def _inspect_bundle(folder: Path) -> Inspection:
+    manifest = _read_json(folder / "manifest.json")
+    graphs = manifest.get("graphs")
+    names = list(graphs) if isinstance(graphs, dict) else [g.get("name") for g in graphs or [] if isinstance(g, dict)]
+    facts = {
+        "schema_version": manifest.get("schema_version"),
+        "graphs": [str(name) for name in names],
+        "files": {name: (folder / name).stat().st_size for name in _names(folder) if (folder / name).is_file()},
+    }
+    notes = () if facts["schema_version"] is not None else ("The manifest names no schema_version.",)
+    return Inspection(kind="bundle", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _JSON_LIMIT_BYTES:
+            msg = f"{path} has more than {_JSON_LIMIT_BYTES // 1_000_000} MB, which is no plausible size. Copy it again."
+            raise FileFormatError(msg)
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        raise FileFormatError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} is not valid JSON: {error}. Copy it again."
+        raise FileFormatError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path} holds a {type(value).__name__}, expected a JSON object. Copy it again."
+        raise FileFormatError(msg)
+    return value
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+def _size(folder: Path) -> int:
+    paths = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return sum(path.stat().st_size for path in paths if path.is_file())
