@@ -214,6 +214,9 @@ def _import_generate() -> Callable[..., list[Image.Image]]:
 
 @contextmanager
 def _needing_train_extra() -> Iterator[None]:
+    """Import training libraries: say so where they are missing, and keep their remarks at import off the screen."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
     try:
         yield
     except ModuleNotFoundError as error:

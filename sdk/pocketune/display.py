@@ -16,6 +16,8 @@ from pocketune.progress import Progress as Event
 from pocketune.report import megabytes
 
 _PLAIN_INTERVAL_S = 10.0
+_MAX_MEASURED = 8  # a longer mapping of numbers, such as the norm of every tensor, is for --json
+_MAX_CHARACTERS = 300
 
 
 class ProgressDisplay:
@@ -114,7 +116,7 @@ def printable(text: str) -> str:
 def print_facts(console: Console, facts: Mapping[str, Any]) -> None:
     """Print names and values as two columns; values within values are indented."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", no_wrap=True, max_width=36)
     table.add_column(overflow="fold")
     for name, value in _rows(facts, indent=""):
         table.add_row(Text(name), Text(value))
@@ -132,7 +134,9 @@ def print_lines(console: Console, lines: Sequence[str]) -> None:
 def _rows(facts: Mapping[str, Any], *, indent: str) -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
         name = f"{indent}{printable(key).removesuffix('_bytes').replace('_', ' ')}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and len(value) > _MAX_MEASURED and all(isinstance(v, float) for v in value.values()):
+            yield name, f"{len(value)} numbers"
+        elif isinstance(value, Mapping) and value:
             yield name, ""
             yield from _rows(value, indent=indent + "  ")
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
@@ -145,7 +149,7 @@ def _rows(facts: Mapping[str, Any], *, indent: str) -> Iterator[tuple[str, str]]
 
 def _text(key: str, value: Any) -> str:
     if value is None:
-        return "unknown"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("_bytes") and isinstance(value, int | float):
@@ -156,4 +160,5 @@ def _text(key: str, value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping | list | tuple):
         return ", ".join(printable(str(item)) for item in value) or "none"
-    return printable(str(value))
+    text = printable(str(value))
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]} ..."

@@ -69,8 +69,8 @@ def memory_plot(rows: Sequence[MemoryRow]) -> str:
 
 
 def smooth(values: Sequence[float]) -> NDArray[np.float64]:
-    """Exponential mean over about a twentieth of the values, corrected for its start at zero; shape (values,)."""
-    decay = 1.0 - 1.0 / max(1, len(values) // 20)
+    """Exponential mean over a twentieth of the values but at least five, corrected for its start at zero; shape (values,)."""
+    decay = 1.0 - 1.0 / max(5, len(values) // 20)
     smoothed = np.zeros(len(values))
     total = weight = 0.0
     for index, value in enumerate(values):

@@ -299,8 +299,21 @@ def test_facts_are_printed_in_units_and_nested() -> None:
         "cpu": {"cores": 2},
         "gpus": [{"name": "[b]x"}],
         "flags": ["a", "b"],
+        "many": dict.fromkeys(map(str, range(99)), 0.5),
+        "long": "x" * 1000,
     }
     print_facts(Console(file=stream, width=80), facts)
     lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
-    assert lines == ["size 2.5 MB", "ok yes", "none unknown", "cpu", "cores 2", "gpus 0", "name [b]x", "flags a, b"]
+    assert lines[:9] == [
+        "size 2.5 MB",
+        "ok yes",
+        "none -",
+        "cpu",
+        "cores 2",
+        "gpus 0",
+        "name [b]x",
+        "flags a, b",
+        "many 99 numbers",
+    ]
+    assert sum(line.count("x") for line in lines[9:]) == 300 and lines[-1].endswith("...")
     assert printable("a\x07\x1b\nb") == "a   b"
