@@ -26,7 +26,7 @@ __all__ = ["load_pipeline", "main", "measure_steering", "quiet_loading", "summar
 def quiet_loading() -> None:
     """Turn off the progress bars that diffusers and transformers draw whenever they load a part."""
     diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
 
 
 def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:

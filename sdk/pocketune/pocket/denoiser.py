@@ -83,10 +83,11 @@ class PaddedJointAttention:
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object
     ) -> tuple[Tensor, Tensor]:
         """As diffusers' `JointAttnProcessor2_0`, image tokens first, plus the bias."""
-        batch, length, _ = hidden_states.shape
+        batch, length = hidden_states.shape[:2]
 
         def heads(tensor: Tensor) -> Tensor:
-            return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            split: Tensor = tensor.unflatten(-1, (attn.heads, -1))
+            return split.transpose(1, 2)
 
         query = torch.cat(
             [attn.norm_q(heads(attn.to_q(hidden_states))), attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))],
@@ -206,11 +207,15 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - decay_from) / (steps - decay_from))))
 
 
-def train_denoiser(folder: Path, pool: LatentPool, *, steps: int, seed: int, run: StageRun) -> None:
+def train_denoiser(
+    folder: Path, pool: LatentPool, *, steps: int, seed: int, run: StageRun, start_from: Path | None = None
+) -> None:
     """Train on the pool and save the averaged weights (EMA) in `folder/transformer`, fp16; processes share each batch."""
     accelerator = Accelerator()
     torch.manual_seed(seed + 2)
     model = new_denoiser()
+    if start_from is not None:
+        model.load_state_dict(SD3Transformer2DModel.from_pretrained(start_from / "transformer").float().state_dict())
     attention = PaddedJointAttention()
     model.set_attn_processor(attention)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))

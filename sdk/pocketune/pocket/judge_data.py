@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def render_pool(*, families: int, seed: int, mostly_small: bool = False) -> Rend
             subjects += [number * 3 + index] * VIEWS
         for _ in range(3):
             noun, colour, pattern = (int(rng.integers(n)) for n in (len(CLASSES), len(COLOURS), len(PATTERNS)))
-            given = {"noun": CLASSES[noun], "colour": tuple(COLOURS)[colour]}
+            given: dict[str, Any] = {"noun": CLASSES[noun], "colour": tuple(COLOURS)[colour]}
             scenes += [with_pattern(_pool_scene(rng, mostly_small, **given), PATTERNS[pattern]) for _ in range(VIEWS)]
             subjects += [-1 - ((noun * len(COLOURS) + colour) * len(PATTERNS) + pattern)] * VIEWS
         pixels.append(to_bytes([render(scene) for scene in scenes]))

@@ -6,7 +6,9 @@ noise: the pooled embedding must tell which attributes a caption names. They go 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,15 +53,14 @@ def new_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(vocabulary_corpus(), trainer)
-    import json
-
     learned = json.loads(bpe.to_str())["model"]["merges"]
     merges = [tuple(pair) for pair in learned]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
+    pairs: Any = merges  # transformers takes pairs; its annotation knows only their older, joined form
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=CONTEXT_LENGTH)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -129,8 +130,11 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor, labels: dict[str, Tensor]) -> Tensor:
         """The summed loss of both encoders."""
-        pairs = zip(self.encoders, self.readers, strict=True)
-        return torch.stack([reader.loss(encoder(ids).text_embeds, labels) for encoder, reader in pairs]).sum()
+        losses = []
+        for encoder, reader in zip(self.encoders, self.readers, strict=True):
+            if isinstance(reader, AttributeReader):
+                losses.append(reader.loss(encoder(ids).text_embeds, labels))
+        return torch.stack(losses).sum()
 
 
 def train_text_encoders(folder: Path, *, steps: int, seed: int, run: StageRun) -> None:

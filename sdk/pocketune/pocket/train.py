@@ -29,7 +29,17 @@ logger = logging.getLogger(__name__)
 STAGES = ("vae", "text", "denoiser", "assemble")
 
 
-def train(out: Path, *, stages: tuple[str, ...], seed: int, vae_steps: int, text_steps: int, steps: int, scenes: int) -> None:
+def train(
+    out: Path,
+    *,
+    stages: tuple[str, ...],
+    seed: int,
+    vae_steps: int,
+    text_steps: int,
+    steps: int,
+    scenes: int,
+    start_from: Path | None = None,
+) -> None:
     """Run the named stages in order; finished parts are loaded, not trained again."""
     work = out / ".training"
     if "vae" in stages:
@@ -44,7 +54,7 @@ def train(out: Path, *, stages: tuple[str, ...], seed: int, vae_steps: int, text
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         pool = prepare_latents(work / "latents.safetensors", vae, count=scenes, seed=seed, device=device)
         logger.info("training the denoiser for %d steps", steps)
-        train_denoiser(work, pool, steps=steps, seed=seed, run=StageRun(work / "denoiser-run"))
+        train_denoiser(work, pool, steps=steps, seed=seed, run=StageRun(work / "denoiser-run"), start_from=start_from)
     if "assemble" in stages and PartialState().is_main_process:
         assemble(work, out)
         logger.info("wrote %s", out)
@@ -83,6 +93,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=6500)
     parser.add_argument("--text-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=40000, help="denoiser steps")
+    parser.add_argument("--start-from", type=Path, help="a finished model folder whose denoiser is trained further")
     parser.add_argument("--scenes", type=int, default=40000, help="rendered scenes in the denoiser's pool")
     options = parser.parse_args()
     stages = tuple(options.stages.split(","))
@@ -98,6 +109,7 @@ def main() -> None:
         text_steps=options.text_steps,
         steps=options.steps,
         scenes=options.scenes,
+        start_from=options.start_from,
     )
 
 
