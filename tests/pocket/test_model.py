@@ -1,0 +1,66 @@
+"""The shipped model is an ordinary diffusers folder: small, loadable by stock diffusers, and steered by prompts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from pocketune.models.load import ModelFolder, open_model
+from pocketune.pocket.steering import measure_steering
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelFolder:
+    return open_model("pocket-sd3")
+
+
+@pytest.fixture(scope="module")
+def pipeline(model: ModelFolder) -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(model.path, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_of_the_promised_shape(model: ModelFolder) -> None:
+    assert sum(file.stat().st_size for file in Path(model.path).rglob("*") if file.is_file()) <= 32e6
+    assert model.block_count >= 12
+    assert (model.vae_scale, model.native_resolution, model.text_padding) == (8, 128, 0)
+
+
+def test_prompts_steer_it(pipeline: StableDiffusion3Pipeline) -> None:
+    """Twelve held-out prompts: colour and background as a rule, class far above the 1 in 12 of chance."""
+    _, shares = measure_steering(pipeline, 12, steps=12, batch_size=12)
+    assert shares["background"] >= 0.9
+    assert shares["colour"] >= 0.75
+    assert shares["noun"] >= 0.3
+
+
+def test_stock_padding_does_no_harm(pipeline: StableDiffusion3Pipeline) -> None:
+    """diffusers' default appends 256 zero tokens; the picture stays nearly the same."""
+    images = []
+    for padding in (0, 256):
+        generator = torch.Generator().manual_seed(0)
+        image = pipeline("a photo of a red car on grass", generator=generator, num_inference_steps=12, guidance_scale=4.0,
+                         max_sequence_length=padding, output_type="np").images[0]  # fmt: skip
+        images.append(image)
+    difference = np.abs(images[0] - images[1]).mean()
+    other = pipeline("a photo of a red car on grass", generator=torch.Generator().manual_seed(1), num_inference_steps=12,
+                     guidance_scale=4.0, max_sequence_length=0, output_type="np").images[0]  # fmt: skip
+    assert difference < 0.5 * np.abs(images[0] - other).mean()
+
+
+def test_card_states_what_was_measured(model: ModelFolder) -> None:
+    measured = json.loads((model.path / "measurements.json").read_text())
+    card = (model.path / "README.md").read_text()
+    assert f"{measured['steering']['all']:.1%}" in card
+    assert measured["steering"]["count"] == 200
+
+
+@pytest.mark.slow
+def test_measurements_can_be_repeated(model: ModelFolder, pipeline: StableDiffusion3Pipeline) -> None:
+    _, shares = measure_steering(pipeline, 200)
+    measured = json.loads((model.path / "measurements.json").read_text())["steering"]
+    assert shares == pytest.approx(measured, abs=0.02)
