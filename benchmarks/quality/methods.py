@@ -13,7 +13,7 @@ from benchmarks.quality.subjects import AskedPrompt, BoothSubject, asked_scene
 from pocketune.pocket.draw import render
 from pocketune.recipe import Recipe
 
-POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 1e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
+POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 4e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
 """What differs from the defaults of `Recipe`: the embedded model is small, and was trained with a larger learning rate too."""
 
 
