@@ -11,7 +11,7 @@ import pytest
 from pocketune.record import RunRecord
 
 ROOT = Path(__file__).parent.parent.parent
-SETTINGS = "steps=300, learning_rate=1e-3, rank=8"
+SETTINGS = "steps=300, learning_rate=4e-3, rank=8"
 TINY_SETTINGS = 'steps=4, learning_rate=1e-2, rank=2, sample_steps=2, sample_prompts=("a photo of sks toy",)'
 
 
