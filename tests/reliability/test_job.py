@@ -1,6 +1,7 @@
 """The whole job on the tiny model: what a person gets, resume, repeatability, and what bad input leaves behind."""
 
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,17 @@ def test_existing_run_and_wrong_resume_are_refused(tiny_folder: Path, toy_photos
     with pytest.raises(RunError, match="no interrupted run"):
         personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_full_disk_is_reported_and_leaves_nothing(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(RunError, match="No space left"):
+            personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1,5", steps=20), out=disk / "run")
+        assert not (disk / "run").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
