@@ -1,0 +1,259 @@
+"""The command line `pocketune-edge`: personalize, sample, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from pocketune.atomic import replacing
+from pocketune.errors import Interrupted, PocketuneError, RunError
+from pocketune.memory import read_memory
+from pocketune.progress import Progress
+from pocketune_edge.bundle import Bundle, open_bundle
+from pocketune_edge.delta import LORA_FILE, load_lora
+from pocketune_edge.errors import SettingError
+from pocketune_edge.job import RECORD_FILE, personalize
+from pocketune_edge.sample import render
+from pocketune_edge.session import Sessions
+from pocketune_edge.settings import CHANGEABLE, settings_of
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+_LINE_INTERVAL_S = 10.0
+_REDRAW_INTERVAL_S = 0.2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console script; the exit code."""
+    given = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = given.command
+    try:
+        command(given)
+    except Interrupted as error:
+        _say(f"interrupted: {_printable(str(error))}", sys.stderr)
+        return EXIT_INTERRUPTED
+    except PocketuneError as error:
+        _say(f"error: {_printable(str(error))}", sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        _say("interrupted: give the same command to start again.", sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pocketune-edge", description="Personalize and sample from an exported bundle.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("personalize", help="train a LoRA of the subject in some photos")
+    train.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or archive made by export-trainable")
+    train.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="photos (JPEG, PNG, WebP), or folders of them")
+    train.add_argument("--out", type=Path, required=True, help="the RUN folder to make")
+    train.add_argument("--instance-prompt", help='what the photos show, with a rare word: "a photo of sks toy"')
+    train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--seed", type=int, help="equal seeds give equal results")
+    train.add_argument("--learning-rate", type=float, help="of AdamW")
+    train.add_argument("--batch-size", type=int, help="photos in each step")
+    train.add_argument("--checkpoint-every", type=int, help="steps between checkpoints")
+    train.add_argument("--cache-limit-mb", type=int, help="bound of the feature cache on disk")
+    train.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    _add_common(train)
+    train.set_defaults(command=_personalize)
+
+    sample = commands.add_parser("sample", help="make images, with a trained LoRA or without")
+    sample.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or archive made by export-trainable")
+    sample.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
+    sample.add_argument("--lora", type=Path, help="a RUN folder or a LoRA file; default: the base model")
+    sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up (default 0)")
+    sample.add_argument("--steps", type=int, help="steps of the sampler; default: the recipe's")
+    sample.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
+    sample.add_argument("--out", type=Path, default=Path("sample.png"), help="the PNG file; several images get numbers")
+    _add_common(sample)
+    sample.set_defaults(command=_sample)
+
+    inspect = commands.add_parser("inspect", help="check a bundle and say what is in it")
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or archive made by export-trainable")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--streaming", action="store_true", help="run block by block: one block in memory, about twice the time"
+    )
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime; default: its own choice")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and what --json asks for)")
+
+
+def _personalize(given: argparse.Namespace) -> None:
+    changes = {name: getattr(given, name) for name in CHANGEABLE if hasattr(given, name)}
+    with _Display(quiet=given.quiet) as display:
+        record = personalize(
+            given.bundle,
+            given.photos,
+            out=given.out,
+            changes=changes,
+            streaming=given.streaming,
+            resume=given.resume,
+            threads=_checked_threads(given.threads),
+            on_progress=display,
+        )
+    result = {
+        "run": str(given.out),
+        "lora": str(given.out / "lora" / LORA_FILE),
+        "record": str(given.out / RECORD_FILE),
+        "steps": len(record["losses"]),
+        "last_loss": record["losses"][-1],
+        **{name: record[name] for name in ("streaming", "seconds", "peaks")},
+    }
+    if given.json:
+        _say(json.dumps(result))
+    elif not given.quiet:
+        peak = max(reading["rss_bytes"] for reading in record["peaks"].values())
+        _say(f"lora    {result['lora']}")
+        _say(f"record  {result['record']}")
+        _say(f"took    {sum(record['seconds'].values()):.0f} s, at most {peak / 1e6:.0f} MB of memory")
+
+
+def _sample(given: argparse.Namespace) -> None:
+    paths = _image_paths(given.out, len(given.prompt))
+    with _Display(quiet=given.quiet) as display:
+        bundle = open_bundle(given.bundle)
+        asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
+        settings, _ = settings_of(bundle.manifest, asked)
+        empty = np.zeros(bundle.manifest.lora.flat_elements, np.float32)
+        sessions = Sessions(bundle, keep=not given.streaming, threads=_checked_threads(given.threads))
+        images = render(
+            sessions,
+            given.prompt,
+            seeds=[settings.seed + number for number in range(len(given.prompt))],
+            steps=settings.sample_steps,
+            guidance=settings.guidance_scale,
+            parameters=load_lora(bundle, given.lora).flat if given.lora is not None else empty,
+            on_step=lambda done, total: display(_event("samples", done, total, "step")),
+        )
+        sessions.close()
+    for image, path in zip(images, paths, strict=True):
+        with replacing(path) as partial:
+            image.save(partial, format="PNG")
+    if given.json:
+        _say(json.dumps({"images": [str(path) for path in paths], "prompts": given.prompt, "seed": given.seed}))
+    elif not given.quiet:
+        for path in paths:
+            _say(path)
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    facts = describe(open_bundle(given.bundle))
+    if given.json:
+        _say(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        _say(f"{name:<22}{_printable(str(value))}")
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """What a person or program wants to know of a checked bundle; JSON-able."""
+    manifest = bundle.manifest
+    roles: dict[str, int] = {}
+    for graph in manifest.graphs:
+        roles[graph.role] = roles.get(graph.role, 0) + 1
+    skipped = [f"{span.start}-{span.stop - 1}" for span in manifest.plan.spans if span.skipped]
+    return {
+        "bundle": str(bundle.path),
+        "schema_version": manifest.schema_version,
+        "pocketune_version": manifest.pocketune_version,
+        "model": manifest.model.name,
+        "kind": manifest.model.kind,
+        "note": manifest.model.note,
+        "blocks": manifest.model.block_count,
+        "skipped_blocks": ",".join(skipped) or "none",
+        "resolution": manifest.batch.resolution,
+        "rows": manifest.batch.rows,
+        "rank": manifest.lora.rank,
+        "trained_parameters": manifest.lora.flat_elements,
+        "weights": manifest.weights.storage,
+        "opset": manifest.opset,
+        "graphs": roles,
+        "files": len(manifest.files),
+        "bytes": bundle.total_bytes,
+        "planned_memory": {name: getattr(manifest.memory, name) for name in manifest.memory.__dataclass_fields__},
+        "recipe": manifest.recipe,
+    }
+
+
+class _Display:
+    """Progress on stderr: one line that is redrawn in a terminal, now and then a line elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._phase = ""
+        self._shown_s = 0.0
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._phase:
+            _say("", sys.stderr)
+
+    def __call__(self, event: Progress) -> None:
+        now = time.monotonic()
+        fresh = event.phase != self._phase
+        interval = _REDRAW_INTERVAL_S if self._terminal else _LINE_INTERVAL_S
+        if self._quiet or not (fresh or now - self._shown_s >= interval or (self._terminal and event.done == event.total)):
+            return
+        count = f"{event.done}/{event.total} {event.unit}s  " if event.total else ""
+        loss = "" if event.loss is None else f"loss {event.loss:.4f}  "
+        line = f"{event.phase:<12}  {count}{loss}{event.rss_bytes / 1e6:.0f} MB"
+        if self._terminal:
+            start = "\n" if fresh and self._phase else "\r\x1b[K"
+            sys.stderr.write(f"{start}{line}")
+            sys.stderr.flush()
+        else:
+            _say(line, sys.stderr)
+        self._phase, self._shown_s = event.phase, now
+
+
+def _event(phase: str, done: int, total: int, unit: str) -> Progress:
+    return Progress(phase=phase, done=done, total=total, unit=unit, rss_bytes=read_memory().rss_bytes)
+
+
+def _checked_threads(threads: int | None) -> int | None:
+    if threads is not None and not 1 <= threads <= 1024:
+        msg = f"--threads must be between 1 and 1024, got {threads}."
+        raise SettingError(msg)
+    return threads
+
+
+def _image_paths(out: Path, count: int) -> list[Path]:
+    if out.suffix.lower() != ".png":
+        msg = f"cannot write an image named {out.name}: expected --out to end in .png."
+        raise RunError(msg)
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:02d}") for number in range(count)]
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Write a line, to stdout unless another stream is given."""
+    stream = stream or sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+def _printable(text: str) -> str:
+    """Text without control characters: file names and manifests may hold terminal commands."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""The main job on a device: photos in, a LoRA out. Its phases run one after the other, each freeing what it used."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pocketune.atomic import replacing, write_text
+from pocketune.errors import Interrupted, NoEffectError, RunError
+from pocketune.memory import MemoryLog, read_memory
+from pocketune.photos import Photo, load_photos
+from pocketune.progress import OnProgress, Progress, ignore
+from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
+from pocketune_edge.batches import BatchMaker, encode_crops
+from pocketune_edge.bundle import Bundle, open_bundle
+from pocketune_edge.cache import FeatureCache
+from pocketune_edge.delta import save_lora, start_values
+from pocketune_edge.denoiser import Denoiser
+from pocketune_edge.features import check_bound, key_of, precompute
+from pocketune_edge.sample import render
+from pocketune_edge.session import Sessions
+from pocketune_edge.settings import Settings, fingerprint, settings_of
+from pocketune_edge.settings import key_of as hash_of
+from pocketune_edge.state import CheckpointFolder, State
+from pocketune_edge.text import Prompt, encode_prompts
+from pocketune_edge.train import OneGraph, Streaming, train
+
+MAX_PHOTO_SIDE = 2048
+RECORD_FILE = "edge.json"
+_LIBRARIES = ("pocketune", "onnxruntime", "numpy", "pillow", "safetensors", "tokenizers")
+
+
+@dataclass
+class Job:
+    """One personalization under way: what its phases share."""
+
+    bundle: Bundle
+    settings: Settings
+    run: Path
+    streaming: bool
+    threads: int | None
+    memory: MemoryLog
+    on_progress: OnProgress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Sessions]:
+        """Time a phase, mark it in the memory log, and close its graphs at its end."""
+        self.memory.phase(name)
+        self.tell(name, 0, 0, "step")
+        began = time.monotonic()
+        sessions = Sessions(self.bundle, keep=not self.streaming, threads=self.threads)
+        try:
+            yield sessions
+        finally:
+            sessions.close()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            gc.collect()
+
+    def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
+        """Report progress with the memory of this moment."""
+        rss = read_memory().rss_bytes
+        self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
+
+    def encode_prompts(self) -> dict[Kind, Prompt]:
+        """Text embeddings of the prompts that training uses."""
+        wanted: dict[Kind, str] = {"instance": self.settings.instance_prompt}
+        if self.settings.class_prompt:
+            wanted["class"] = self.settings.class_prompt
+        with self.phase("text") as sessions:
+            encoded = encode_prompts(sessions, list(wanted.values()))
+        return {kind: encoded[text] for kind, text in wanted.items()}
+
+    def make_class_images(self) -> list[Image.Image]:
+        """Pictures of the class by the base model, kept in RUN/class_images for a resumed run."""
+        prompt, count = self.settings.class_prompt, self.settings.class_images
+        if not prompt:
+            return []
+        paths = [self.run / "class_images" / f"{number:03d}.png" for number in range(count)]
+        if not all(path.exists() for path in paths):
+            with self.phase("class images") as sessions:
+                images = render(
+                    sessions,
+                    [prompt] * count,
+                    seeds=[self.settings.seed + number for number in range(count)],
+                    steps=self.settings.sample_steps,
+                    guidance=self.settings.guidance_scale,
+                    parameters=np.zeros(self.bundle.manifest.lora.flat_elements, np.float32),
+                    on_step=lambda done, total: self.tell("class images", done, total, "step"),
+                )
+            for image, path in zip(images, paths, strict=True):
+                with replacing(path) as partial:
+                    image.save(partial, format="PNG")
+        return [Image.open(path).convert("RGB") for path in paths]
+
+    def prepare_samples(
+        self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
+    ) -> tuple[list[tuple[Draw, ...]], BatchMaker]:
+        """The draws of each step, and what turns them into graph inputs; every crop is encoded."""
+        manifest, timesteps = self.bundle.manifest, self.bundle.manifest.noise_schedule.train_timesteps
+        images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
+        draws, class_draws = (
+            draw_samples(self.settings, [image.size for image in images[kind]], kind=kind, timesteps=timesteps)
+            if images[kind]
+            else ()
+            for kind in ("instance", "class")
+        )
+        with self.phase("latents") as sessions:
+            posteriors = encode_crops(
+                sessions,
+                images,
+                (*draws, *class_draws),
+                on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
+            )
+        make_batch = BatchMaker(manifest, posteriors, prompts, prior_loss_weight=self.settings.prior_loss_weight)
+        return step_draws(self.settings, draws, class_draws), make_batch
+
+    def fill_cache(self, batches: Sequence[Sequence[Draw]], make_batch: BatchMaker, key: str) -> FeatureCache | None:
+        """Run the frozen model over all draws and store what skipped spans contribute."""
+        plan = self.bundle.manifest.plan
+        if not plan.use_residuals or not any(span.skipped for span in plan.spans):
+            return None
+        bfloat16 = self.settings.cache_dtype == "bfloat16"
+        distinct = {key_of(draw) for draws in batches for draw in draws}
+        check_bound(self.bundle.manifest, draws=len(distinct), limit_mb=self.settings.cache_limit_mb, bfloat16=bfloat16)
+        with self.phase("features") as sessions:
+            cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=bfloat16)
+            try:
+                precompute(
+                    Denoiser(sessions),
+                    batches,
+                    make_batch,
+                    cache,
+                    on_sample=lambda done, total: self.tell("features", done, total, "sample"),
+                )
+            except KeyboardInterrupt as error:
+                msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
+                raise Interrupted(msg) from error
+        return cache
+
+    def train(
+        self,
+        batches: Sequence[Sequence[Draw]],
+        make_batch: BatchMaker,
+        cache: FeatureCache | None,
+        checkpoints: CheckpointFolder,
+    ) -> State:
+        """Train, and save the LoRA."""
+        with self.phase("training") as sessions:
+            stepper = (Streaming if self.streaming else OneGraph)(sessions, self.settings)
+            state = train(
+                stepper,
+                self.settings,
+                batches,
+                make_batch,
+                cache=cache,
+                checkpoints=checkpoints,
+                state=checkpoints.restore(start_values(self.bundle)),
+                on_step=lambda done, total, loss: self.tell("training", done, total, "step", loss),
+            )
+            if not state.parameters.any() or np.array_equal(state.parameters, start_values(self.bundle).flat):
+                msg = "training changed nothing. Check the learning rate and the number of steps."
+                raise NoEffectError(msg)
+            save_lora(self.bundle, state.adapter, self.run / "lora")
+        return state
+
+
+def personalize(
+    bundle: str | Path,
+    photos: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    changes: dict[str, Any] | None = None,
+    streaming: bool = False,
+    resume: bool = False,
+    threads: int | None = None,
+    on_progress: OnProgress = ignore,
+) -> dict[str, Any]:
+    """Train a LoRA of the subject in some photos.
+
+    Args:
+        bundle: folder or archive written by `export-trainable`.
+        photos: a folder, a file, or several of either.
+        out: the RUN folder to make; it must not exist unless `resume` is set.
+        changes: settings that differ from the bundle's recipe, of `settings.CHANGEABLE`.
+        streaming: run block by block, for less memory.
+        resume: go on from the newest checkpoint in `out`, whichever runtime wrote it.
+        threads: of ONNX Runtime; None leaves the choice to it.
+        on_progress: called with every bit of progress.
+
+    Returns:
+        What RUN/edge.json holds.
+
+    Raises:
+        BundleError, PhotoError, SettingError, PlanError, RunError: bad input; nothing is left behind.
+        Interrupted: on Ctrl-C, after a checkpoint was saved.
+        NoEffectError: training changed nothing.
+    """
+    run = Path(out)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    with MemoryLog() as memory:
+        memory.phase("bundle")
+        opened = open_bundle(bundle, on_bytes=lambda done, total: _tell_bytes(on_progress, done, total))
+        settings, recipe = settings_of(opened.manifest, changes or {})
+        job = Job(opened, settings, run, streaming, threads, memory, on_progress)
+        with job.phase("photos"):
+            pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
+        hashes = [photo.sha256 for photo in pictures]
+        identity = fingerprint(opened.manifest, recipe, hashes)
+        with _run_folder(run, resume=resume, identity=identity):
+            prompts = job.encode_prompts()
+            batches, make_batch = job.prepare_samples(pictures, job.make_class_images(), prompts)
+            cache = job.fill_cache(batches, make_batch, hash_of({"run": identity, "bundle": _content(opened)}))
+            checkpoints = CheckpointFolder(run / "checkpoints", opened.manifest.lora, fingerprint=identity)
+            state = job.train(batches, make_batch, cache, checkpoints)
+            record = {
+                "model": asdict(opened.manifest.model),
+                "recipe": recipe,
+                "streaming": streaming,
+                "weights": asdict(opened.manifest.weights),
+                "losses": state.losses,
+                "feature_cache_bytes": cache.size_bytes if cache else 0,
+                "peaks": {name: asdict(reading) for name, reading in memory.peaks().items()},
+                "seconds": job.seconds,
+                "photos": [photo.name for photo in pictures],
+                "versions": {name: version(name) for name in _LIBRARIES},
+                "started": started,
+            }
+            write_text(run / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _content(bundle: Bundle) -> list[list[str]]:
+    """What features depend on: bundles of other precision give other features."""
+    return [[file.path, file.sha256] for file in bundle.manifest.files]
+
+
+def _tell_bytes(on_progress: OnProgress, done: int, total: int) -> None:
+    rss = read_memory().rss_bytes
+    on_progress(Progress(phase="bundle", done=done // 2**20, total=-(-total // 2**20), unit="MiB", rss_bytes=rss))
+
+
+@contextmanager
+def _run_folder(run: Path, *, resume: bool, identity: str) -> Iterator[None]:
+    """Make RUN, or take up an interrupted one, as PyTorch's side does; a new RUN that fails early is removed again."""
+    job_file = run / "job.json"
+    existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    if existed and not resume:
+        msg = f"{run} exists already. Choose another --out, or go on with --resume."
+        raise RunError(msg)
+    if resume and not job_file.is_file():
+        msg = f"{run} holds no interrupted run to resume. Start one without --resume."
+        raise RunError(msg)
+    if resume and _identity(job_file) != identity:
+        msg = f"{run} was started with another recipe, model or photos. Resume with the same ones, or choose another --out."
+        raise RunError(msg)
+    if not resume:
+        write_text(job_file, json.dumps({"fingerprint": identity}) + "\n")
+    try:
+        yield
+    except BaseException as error:
+        worth_keeping = isinstance(error, Interrupted) or any((run / "checkpoints").glob("*.safetensors"))
+        if not existed and not resume and not worth_keeping:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _identity(job_file: Path) -> Any:
+    try:
+        found = json.loads(job_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        msg = f"cannot read {job_file} ({error}). Choose another --out."
+        raise RunError(msg) from error
+    return found.get("fingerprint") if isinstance(found, dict) else None

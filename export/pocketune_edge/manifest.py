@@ -1,0 +1,321 @@
+"""The manifest of a bundle, read without pydantic; what each field means is told in `docs/bundle.md` and its JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pocketune_edge.errors import BundleError
+from pocketune_edge.strict import MisfitError, Rule, read
+from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEAL_FILE = "manifest.sha256"
+MAX_MANIFEST_BYTES = 32 * 2**20
+MAX_ELEMENTS = 2**40
+
+Role = Literal[
+    "train_step",
+    "embed",
+    "block_forward",
+    "block_vjp",
+    "head",
+    "head_loss",
+    "adamw",
+    "text_encoder",
+    "text_join",
+    "vae_encoder",
+    "vae_decoder",
+]
+
+
+@dataclass(frozen=True)
+class PathRule(Rule):
+    """A path inside the bundle on every system."""
+
+    def complaint(self, value: Any) -> str | None:
+        """Why a path is refused, or None."""
+        parts = value.split("/")
+        plain = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,120}", part) and set(part) != {"."} for part in parts)
+        if plain and len(parts) <= 4 and len(value) <= 300:
+            return None
+        return f"the path {value[:80]!r} leaves the bundle or is not plain"
+
+
+Count = Annotated[int, Rule(low=0, high=MAX_ELEMENTS)]
+Size = Annotated[int, Rule(low=1, high=MAX_ELEMENTS)]
+Digest = Annotated[str, Rule(pattern="[0-9a-f]{64}")]
+Name = Annotated[str, Rule(low=1, high=300)]
+BundlePath = Annotated[str, PathRule()]
+Positive = Annotated[float, Rule(above=0)]
+NotNegative = Annotated[float, Rule(low=0)]
+Fraction = Annotated[float, Rule(low=0, below=1)]
+_SOME = Rule(low=1)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph."""
+
+    name: Name
+    shape: Annotated[tuple[Count, ...], Rule(high=8)]
+    dtype: Literal["float32", "int64"]
+    meaning: Name
+
+    @property
+    def elements(self) -> int:
+        """The product of the shape."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph of the bundle."""
+
+    name: Name
+    file: BundlePath
+    role: Role
+    block: Count | None
+    parameters: tuple[Count, Count] | None
+    inputs: Annotated[tuple[TensorSpec, ...], _SOME]
+    outputs: Annotated[tuple[TensorSpec, ...], _SOME]
+    weights: tuple[BundlePath, ...]
+    weight_bytes: Count
+    activation_bytes: Count
+
+    def takes(self, name: str) -> bool:
+        """Whether it has an input of that name."""
+        return any(spec.name == name for spec in self.inputs)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of an input or output.
+
+        Raises:
+            BundleError: it has none of that name.
+        """
+        for spec in (*self.inputs, *self.outputs):
+            if spec.name == name:
+                return spec.shape
+        msg = f"the bundle's graph {self.name} has no input or output {name}. Export the bundle again."
+        raise BundleError(msg)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that was exported."""
+
+    name: Name
+    kind: Name
+    sha256: Digest
+    note: str | None
+    block_count: Size
+    streams: Annotated[tuple[Name, ...], _SOME]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring blocks, all skipped or all trained."""
+
+    start: Count
+    stop: Size
+    skipped: bool
+    features: tuple[Name, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which blocks train."""
+
+    spans: Annotated[tuple[Span, ...], _SOME]
+    use_residuals: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The static sizes of every graph."""
+
+    rows: Size
+    photos: Size
+    class_images: Count
+    resolution: Size
+    latent_shape: tuple[Size, Size, Size]
+    text_tokens: Size
+    text_width: Size
+    pooled_width: Size
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW."""
+
+    kind: Literal["adamw"]
+    beta1: Fraction
+    beta2: Fraction
+    learning_rate: Positive
+    weight_decay: NotNegative
+    epsilon: Positive
+    max_grad_norm: Positive
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Rectified flow."""
+
+    kind: Literal["flow_match_euler"]
+    train_timesteps: Size
+    shift: Positive
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One LoRA tensor."""
+
+    name: Name
+    key: Name
+    shape: tuple[Size, Size]
+    block: Count
+    offset: Count | None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The adapter."""
+
+    rank: Size
+    alpha: Positive
+    targets: tuple[Name, ...]
+    parameters: Annotated[tuple[Parameter, ...], _SOME]
+    flat_elements: Size
+    initial: BundlePath
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder and its tokenizer."""
+
+    graph: Name
+    tokenizer: BundlePath
+    tokens: Size
+    pad_id: Count
+    pad_token: Name
+
+
+@dataclass(frozen=True)
+class Vae:
+    """The image encoder and decoder."""
+
+    scaling_factor: float
+    shift_factor: float
+    downscale: Size
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How frozen weights are stored."""
+
+    storage: Literal["fp32", "fp16", "int8", "int4"]
+    block: Size | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Planned bytes of the training phase, without the runtime itself."""
+
+    one_graph_anonymous: Count
+    one_graph_mapped: Count
+    streaming_anonymous: Count
+    streaming_mapped: Count
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle."""
+
+    path: BundlePath
+    bytes: Count
+    sha256: Digest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a device must know to train and sample from a bundle."""
+
+    schema_version: Literal[1]
+    pocketune_version: Name
+    backend: Literal["onnx", "executorch"]
+    opset: Annotated[int, Rule(low=1, high=20)] | None
+    model: Model
+    recipe: dict[str, Any]
+    plan: Plan
+    batch: Batch
+    weights: Weights
+    lora: Lora
+    optimizer: Optimizer
+    noise_schedule: NoiseSchedule
+    text_encoders: tuple[TextEncoder, ...]
+    vae: Vae
+    memory: Memory
+    graphs: Annotated[tuple[Graph, ...], _SOME]
+    files: Annotated[tuple[File, ...], _SOME]
+
+    def graph(self, role: Role, block: int | None = None) -> Graph:
+        """The graph with a role, of one block where there is one a block.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        for graph in self.graphs:
+            if graph.role == role and graph.block == block:
+                return graph
+        msg = f"the bundle has no graph {role}{'' if block is None else f' of block {block}'}. Export it again."
+        raise BundleError(msg)
+
+
+def read_manifest(content: bytes, where: str) -> Manifest:
+    """Check and read a manifest.
+
+    Args:
+        content: of `manifest.json`.
+        where: how messages name the bundle.
+
+    Raises:
+        BundleError: it is no manifest, of a newer schema, or contradicts itself.
+    """
+    if len(content) > MAX_MANIFEST_BYTES:
+        msg = f"{where} has a manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read. It is not a bundle."
+        raise BundleError(msg)
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        msg = f"{where} has a damaged manifest ({str(error)[:100]}). Copy or export the bundle again."
+        raise BundleError(msg) from error
+    schema = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA_VERSION:
+        msg = f"{where} has schema version {schema}; this Pocketune reads up to {SCHEMA_VERSION}. Update Pocketune."
+        raise BundleError(msg)
+    try:
+        manifest = read(Manifest, raw)
+    except MisfitError as error:
+        msg = f"{where} has an invalid manifest: {str(error)[:300]}. Copy or export the bundle again."
+        raise BundleError(msg) from error
+    for fault in _faults(manifest):
+        msg = f"{where} has a manifest that contradicts itself: {fault[:300]}. Copy or export the bundle again."
+        raise BundleError(msg)
+    return manifest
+
+
+def _faults(manifest: Any) -> list[str]:
+    """What contradicts itself, by the exporter's own rules, which read attributes only."""
+    faults = [*plan_faults(manifest), *parameter_faults(manifest.lora), *graph_faults(manifest)]
+    for graph in manifest.graphs:
+        specs = (*graph.inputs, *graph.outputs)
+        if len({spec.name for spec in specs}) != len(specs):
+            faults.append(f"graph {graph.name} has two inputs or outputs of one name")
+        faults += [
+            f"graph {graph.name} claims an impossible shape for {spec.name}" for spec in specs if spec.elements > MAX_ELEMENTS
+        ]
+    return faults

@@ -1,0 +1,150 @@
+"""Images from prompts with the graphs of a bundle: Euler steps along the flow, with classifier-free guidance.
+
+Equal seeds give equal images on every device. They differ from those of PyTorch's side, whose start noise is of torch's own
+generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pocketune.sampling.philox import Stream, normals
+from pocketune_edge.denoiser import Denoiser, Floats
+from pocketune_edge.manifest import NoiseSchedule
+from pocketune_edge.session import Array, Sessions
+from pocketune_edge.text import Prompt, encode_prompts
+
+GROUP = 4
+"""Images that are made at once; with streaming, each block is read once a step for so many."""
+
+
+def render(
+    sessions: Sessions,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    parameters: Floats,
+    on_step: Callable[[int, int], None],
+) -> list[Image.Image]:
+    """Sample an image for each prompt.
+
+    Args:
+        sessions: of a bundle.
+        prompts: one image each.
+        seeds: of the start noise, one a prompt.
+        steps: of the sampler.
+        guidance: scale; 1 or less turns guidance off, as in diffusers.
+        parameters: the flat vector of the LoRA; zeros for the base model.
+        on_step: called with (done, total) sampler steps of all images.
+    """
+    encoded = encode_prompts(sessions, [*prompts, ""] if guidance > 1 else prompts)
+    shape = (1, *sessions.bundle.manifest.batch.latent_shape)
+    noise = [normals(seed, Stream.SAMPLING, shape).astype(np.float32) for seed in seeds]
+    total = len(prompts) * steps
+    latents: list[Floats] = []
+    for start in range(0, len(prompts), GROUP):
+        chosen = range(start, min(start + GROUP, len(prompts)))
+
+        def tell(step: int, before: int = start * steps, images: int = len(chosen)) -> None:
+            on_step(before + step * images, total)
+
+        latents += denoise(
+            Denoiser(sessions),
+            [noise[number] for number in chosen],
+            [encoded[prompts[number]] for number in chosen],
+            encoded.get("") if guidance > 1 else None,
+            steps=steps,
+            guidance=guidance,
+            parameters=parameters,
+            on_step=tell,
+        )
+    return [to_image(pixels) for pixels in decode(sessions, latents)]
+
+
+def denoise(
+    denoiser: Denoiser,
+    latents: Sequence[Floats],
+    prompts: Sequence[Prompt],
+    negative: Prompt | None,
+    *,
+    steps: int,
+    guidance: float,
+    parameters: Floats,
+    on_step: Callable[[int], None],
+) -> list[Floats]:
+    """Follow the flow from noise to clean latents, each (1, channels, height, width).
+
+    Args:
+        denoiser: of a bundle.
+        latents: the noise each image starts from.
+        prompts: one a latent.
+        negative: what guidance leads away from; None turns it off.
+        steps: of Euler's method.
+        guidance: scale.
+        parameters: the flat vector of the LoRA.
+        on_step: called with the number of finished steps.
+    """
+    timesteps, sigmas = sampling_schedule(denoiser.manifest.noise_schedule, steps)
+    current = list(latents)
+    for number in range(steps):
+        rows = [*current, *current] if negative else current
+        texts = [*[negative] * len(current), *prompts] if negative else prompts
+        velocities = _velocities(denoiser, rows, texts, timesteps[number], parameters)
+        if negative:
+            pairs = zip(velocities[: len(current)], velocities[len(current) :], strict=True)
+            velocities = [plain + np.float32(guidance) * (led - plain) for plain, led in pairs]
+        step = sigmas[number + 1] - sigmas[number]
+        current = [latent + step * velocity for latent, velocity in zip(current, velocities, strict=True)]
+        on_step(number + 1)
+    return current
+
+
+def sampling_schedule(noise: NoiseSchedule, steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The timesteps, (steps,), and sigmas, (steps + 1,), ending in 0, of diffusers' FlowMatchEulerDiscreteScheduler.
+
+    Differs from the training schedule: the shift is applied to numbers between the shifted ends, thus twice at the lower end.
+    """
+    lowest = 1.0 / noise.train_timesteps
+    lowest = float(np.float32(noise.shift * lowest / (1 + (noise.shift - 1) * lowest)))
+    times = np.linspace(noise.train_timesteps, lowest * noise.train_timesteps, steps) / noise.train_timesteps
+    sigmas = (noise.shift * times / (1 + (noise.shift - 1) * times)).astype(np.float32)
+    return sigmas * np.float32(noise.train_timesteps), np.append(sigmas, np.float32(0.0))
+
+
+def decode(sessions: Sessions, latents: Sequence[Floats]) -> list[Floats]:
+    """Latents to pixels in [-1, 1], each (3, height, width)."""
+    with sessions.opened(sessions.bundle.manifest.graph("vae_decoder")) as session:
+        rows = session.graph.shape_of("latents")[0]
+        results = [session.run({"latents": np.repeat(latent, rows, axis=0)})["pixels"][0] for latent in latents]
+    return [np.asarray(pixels, np.float32) for pixels in results]
+
+
+def to_image(pixels: Floats) -> Image.Image:
+    """An RGB image of (3, height, width) numbers in [-1, 1]."""
+    levels = np.clip(pixels / 2 + np.float32(0.5), 0.0, 1.0) * np.float32(255.0)
+    return Image.fromarray(np.ascontiguousarray(levels.round().astype(np.uint8).transpose(1, 2, 0)))
+
+
+def _velocities(
+    denoiser: Denoiser, rows: Sequence[Floats], prompts: Sequence[Prompt], timestep: np.float32, parameters: Floats
+) -> list[Floats]:
+    """The velocity of each row; rows are run in parts of the graphs' size, the last one filled up."""
+    batches: list[dict[str, Array]] = []
+    for start in range(0, len(rows), denoiser.rows):
+        numbers = [min(start + number, len(rows) - 1) for number in range(denoiser.rows)]
+        batches.append(
+            {
+                "noisy": np.concatenate([rows[number] for number in numbers]),
+                "timesteps": np.full((denoiser.rows,), timestep, np.float32),
+                "prompt_hidden": np.concatenate([prompts[number].hidden for number in numbers]),
+                "prompt_pooled": np.concatenate([prompts[number].pooled for number in numbers]),
+            }
+        )
+    found = denoiser.predict(batches, parameters)
+    return [part[row : row + 1] for part in found for row in range(denoiser.rows)][: len(rows)]

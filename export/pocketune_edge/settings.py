@@ -1,0 +1,104 @@
+"""What is asked of a run: the recipe that the bundle was exported with, and what the user changes on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pocketune_edge.errors import BundleError, SettingError
+from pocketune_edge.manifest import Manifest, NotNegative, Positive
+from pocketune_edge.strict import MisfitError, Rule, read
+
+CHANGEABLE = (
+    "instance_prompt",
+    "steps",
+    "seed",
+    "learning_rate",
+    "batch_size",
+    "checkpoint_every",
+    "cache_limit_mb",
+    "sample_steps",
+    "guidance_scale",
+)
+"""Settings that are not fixed in a bundle's graphs."""
+
+_Count = Annotated[int, Rule(low=1)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of a recipe that matter on the device; `pocketune.Recipe` describes them."""
+
+    instance_prompt: Annotated[str, Rule(low=1)]
+    class_prompt: str | None
+    class_images: _Count
+    prior_loss_weight: NotNegative
+    cache_dtype: Literal["float32", "bfloat16"]
+    cache_limit_mb: _Count
+    draws: _Count | None
+    steps: _Count
+    batch_size: _Count
+    learning_rate: Positive
+    weight_decay: NotNegative
+    max_grad_norm: Positive
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
+    logit_mean: float
+    logit_std: Positive
+    mode_scale: float
+    seed: Annotated[int, Rule(low=0, below=2**63)]
+    checkpoint_every: _Count
+    sample_steps: _Count
+    guidance_scale: NotNegative
+
+    @classmethod
+    def of(cls, recipe: dict[str, Any]) -> Self:
+        """Read the fields that matter.
+
+        Raises:
+            MisfitError: one is missing or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        return read(cls, {name: value for name, value in recipe.items() if name in names})
+
+
+def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The settings of a run, and the whole recipe as PyTorch's side would write it.
+
+    Args:
+        manifest: holds the recipe.
+        changes: by field, those of `CHANGEABLE` alone; None keeps the bundle's value.
+
+    Raises:
+        BundleError: the bundle's recipe is not valid.
+        SettingError: a change is not possible on the device, or out of range.
+    """
+    try:
+        Settings.of(manifest.recipe)
+    except MisfitError as error:
+        msg = f"the bundle's recipe is not valid: {error}. Export the bundle again."
+        raise BundleError(msg) from error
+    given = {name: value for name, value in changes.items() if value is not None}
+    fixed = sorted(set(given) - set(CHANGEABLE))
+    if fixed:
+        msg = f"{', '.join(fixed)} cannot change on the device. Export a bundle with the wanted recipe."
+        raise SettingError(msg)
+    recipe = manifest.recipe | given
+    try:
+        return Settings.of(recipe), recipe
+    except MisfitError as error:
+        msg = f"a setting is not valid: {error}. `pocketune-edge personalize --help` lists them."
+        raise SettingError(msg) from error
+
+
+def fingerprint(manifest: Manifest, recipe: dict[str, Any], photos: Sequence[str]) -> str:
+    """What must not change between the parts of a run, as `pocketune.job` computes it. photos: the sha256 of each."""
+    return key_of({"recipe": recipe, "model": manifest.model.sha256, "photos": list(photos)})
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """A short hash of plain data, as `pocketune.features.cache.cache_key` computes it."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

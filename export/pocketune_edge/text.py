@@ -1,0 +1,66 @@
+"""Prompts to embeddings: tokenizers, text encoders, and the graph that joins what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pocketune_edge.bundle import Bundle
+from pocketune_edge.errors import BundleError
+from pocketune_edge.manifest import TextEncoder
+from pocketune_edge.session import Array, Sessions, Values
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Encoded text. hidden: (1, tokens, width); pooled: (1, width)."""
+
+    hidden: Array
+    pooled: Array
+
+
+def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prompt]:
+    """Encode each distinct prompt, one encoder in memory at a time.
+
+    Raises:
+        BundleError: a tokenizer is damaged.
+    """
+    manifest = sessions.bundle.manifest
+    distinct = list(dict.fromkeys(prompts))
+    found: dict[str, dict[str, Array]] = {prompt: {} for prompt in distinct}
+    graphs = {graph.name: graph for graph in manifest.graphs}
+    for encoder in manifest.text_encoders:
+        graph = graphs[encoder.graph]
+        rows, number = graph.shape_of("ids")[0], graph.block
+        tokenizer = _tokenizer(sessions.bundle, encoder)
+        with sessions.opened(graph) as session:
+            for prompt in distinct:
+                ids = np.array(tokenizer.encode(prompt).ids, np.int64)
+                given = session.run({"ids": np.repeat(ids[None], rows, axis=0)})
+                found[prompt] |= {f"{name}_{number}": value[:1] for name, value in given.items()}
+    with sessions.opened(manifest.graph("text_join")) as session:
+        return {
+            prompt: _join(session.run(_repeated(values, session.graph.inputs[0].shape[0]))) for prompt, values in found.items()
+        }
+
+
+def _tokenizer(bundle: Bundle, encoder: TextEncoder) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(bundle.read(encoder.tokenizer).decode("utf-8"))
+        tokenizer.enable_truncation(encoder.tokens)
+        tokenizer.enable_padding(length=encoder.tokens, pad_id=encoder.pad_id, pad_token=encoder.pad_token)
+    except Exception as error:  # the library raises plain Exception for damaged files
+        msg = f"the tokenizer {encoder.tokenizer} of {bundle.path} is damaged ({str(error)[:100]}). Export the bundle again."
+        raise BundleError(msg) from error
+    return tokenizer
+
+
+def _join(values: Values) -> Prompt:
+    return Prompt(hidden=values["prompt_hidden"][:1], pooled=values["prompt_pooled"][:1])
+
+
+def _repeated(values: Values, rows: int) -> dict[str, Array]:
+    return {name: np.repeat(value, rows, axis=0) for name, value in values.items()}
