@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pocketune.errors import RunError
 
 
@@ -33,8 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
         _fsync_folder(path.parent)
-    except OSError as error:
-        msg = f"cannot write {path}: {error.strerror or error}. Free some space or choose another --out."
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        reason = getattr(error, "strerror", None) or error
+        msg = f"cannot write {path}: {reason}. Free some space or choose another --out."
         raise RunError(msg) from error
     finally:
         partial.unlink(missing_ok=True)
