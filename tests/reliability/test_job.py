@@ -140,7 +140,7 @@ def test_existing_run_and_wrong_resume_are_refused(tiny_folder: Path, toy_photos
 def test_full_disk_is_reported_and_leaves_nothing(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, check=False)
     if mounted.returncode != 0:
         pytest.skip("needs the right to mount a small file system")
     try:
