@@ -149,7 +149,7 @@ def _sample(given: argparse.Namespace) -> None:
         _say(json.dumps({"images": [str(path) for path in paths], "prompts": given.prompt, "seed": given.seed}))
     elif not given.quiet:
         for path in paths:
-            _say(path)
+            _say(str(path))
 
 
 def _inspect(given: argparse.Namespace) -> None:
