@@ -96,7 +96,7 @@ class ModelFolder:
         training = _read_json(path, "the training record is damaged")
         if training.get("finished", True):
             return None
-        return f"{self.name} is an interim checkpoint (step {training.get('step')} of {training.get('steps')})."
+        return f"{self.name} is an interim checkpoint (denoiser step {training.get('step')}); its training goes on."
 
     def fingerprint(self) -> str:
         """Changes when the model does, and is the same on every machine.

@@ -39,6 +39,7 @@ def train(
     steps: int,
     scenes: int,
     start_from: Path | None = None,
+    interim: bool = False,
 ) -> None:
     """Run the named stages in order; finished parts are loaded, not trained again."""
     work = out / ".training"
@@ -56,12 +57,15 @@ def train(
         logger.info("training the denoiser for %d steps", steps)
         train_denoiser(work, pool, steps=steps, seed=seed, run=StageRun(work / "denoiser-run"), start_from=start_from)
     if "assemble" in stages and PartialState().is_main_process:
-        assemble(work, out)
+        assemble(work, out, interim=interim)
         logger.info("wrote %s", out)
 
 
-def assemble(work: Path, out: Path) -> None:
-    """Join the trained parts into a fp16 `StableDiffusion3Pipeline` folder that stock diffusers loads."""
+def assemble(work: Path, out: Path, *, interim: bool = False) -> None:
+    """Join the trained parts into a fp16 `StableDiffusion3Pipeline` folder that stock diffusers loads.
+
+    `interim` marks a model that is to be trained further; reports say so.
+    """
     encoders = [CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder{suffix}") for suffix in ("", "_2")]
     tokenizers = [CLIPTokenizer.from_pretrained(work / f"tokenizer{suffix}") for suffix in ("", "_2")]
     pipeline = StableDiffusion3Pipeline(
@@ -78,7 +82,7 @@ def assemble(work: Path, out: Path) -> None:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(out)
     last = json.loads((work / "denoiser-run" / "log.jsonl").read_text().splitlines()[-1])
-    finished = last["step"] == last["steps"]
+    finished = last["step"] == last["steps"] and not interim
     notes = work / "notes.txt"
     remarks = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
     write_text(out / "training.json", json.dumps({"finished": finished, **last, **remarks}, indent=2) + "\n")
@@ -94,6 +98,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=40000, help="denoiser steps")
     parser.add_argument("--start-from", type=Path, help="a finished model folder whose denoiser is trained further")
+    parser.add_argument("--interim", action="store_true", help="mark the model as one to be trained further")
     parser.add_argument("--scenes", type=int, default=40000, help="rendered scenes in the denoiser's pool")
     options = parser.parse_args()
     stages = tuple(options.stages.split(","))
@@ -110,6 +115,7 @@ def main() -> None:
         steps=options.steps,
         scenes=options.scenes,
         start_from=options.start_from,
+        interim=options.interim,
     )
 
 
