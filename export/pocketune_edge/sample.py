@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketune.sampling.philox import Stream, normals
+from pocketune_edge.batches import schedule
 from pocketune_edge.denoiser import Denoiser, Floats
 from pocketune_edge.manifest import NoiseSchedule
 from pocketune_edge.session import Array, Sessions
@@ -110,9 +111,8 @@ def sampling_schedule(noise: NoiseSchedule, steps: int) -> tuple[NDArray[np.floa
 
     Differs from the training schedule: the shift is applied to numbers between the shifted ends, thus twice at the lower end.
     """
-    lowest = 1.0 / noise.train_timesteps
-    lowest = float(np.float32(noise.shift * lowest / (1 + (noise.shift - 1) * lowest)))
-    times = np.linspace(noise.train_timesteps, lowest * noise.train_timesteps, steps) / noise.train_timesteps
+    highest, lowest = (float(sigma) * noise.train_timesteps for sigma in schedule(noise)[1][[0, -1]])
+    times = np.linspace(highest, lowest, steps) / noise.train_timesteps
     sigmas = (noise.shift * times / (1 + (noise.shift - 1) * times)).astype(np.float32)
     return sigmas * np.float32(noise.train_timesteps), np.append(sigmas, np.float32(0.0))
 

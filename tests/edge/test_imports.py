@@ -1,0 +1,68 @@
+"""The edge runtime runs where torch and its kind do not exist."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.edge.handmade import make_bundle
+
+ABSENT = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "pydantic",
+    "typer",
+    "rich",
+    "onnx",
+    "onnxscript",
+    "psutil",
+)
+
+SCRIPT = """
+import importlib, pkgutil, sys
+
+before = set(sys.modules)
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"{{name}} is absent here", name=name)
+
+sys.meta_path.insert(0, Absent())
+import pocketune_edge
+for module in pkgutil.iter_modules(pocketune_edge.__path__):
+    importlib.import_module(f"pocketune_edge.{{module.name}}")
+from pocketune_edge.cli import main
+code = main({arguments!r})
+known = {{"pocketune", "pocketune_edge", "pocketune_export", "numpy", "onnxruntime", "PIL", "tokenizers", "safetensors"}}
+loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
+assert not loaded & set({absent!r}), loaded & set({absent!r})
+others = {{
+    name for name in loaded - known - set(sys.stdlib_module_names)
+    if "site-packages" in (getattr(sys.modules[name], "__file__", None) or "")
+}}
+assert not others, others
+sys.exit(code)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = SCRIPT.format(absent=ABSENT, arguments=list(arguments))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_every_module_and_the_command_line_without_torch(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "b")
+    done = run("inspect", str(tmp_path / "b"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert '"trained_parameters": 256' in done.stdout
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run("inspect", str(tmp_path / "nowhere\x1b[31m"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the bundle ") and "\x1b" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

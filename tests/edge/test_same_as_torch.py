@@ -1,0 +1,222 @@
+"""What the edge runtime computes by itself is what PyTorch's side computes, and their files are each other's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
+from torch import nn
+
+from pocketune import checkpoint as torch_checkpoint
+from pocketune.delta import save_lora as save_lora_with_diffusers
+from pocketune.errors import RunError
+from pocketune.features.cache import cache_key
+from pocketune.job import MAX_PHOTO_SIDE as TORCH_MAX_PHOTO_SIDE
+from pocketune.methods.lora import add_lora
+from pocketune.models.load import ModelFolder
+from pocketune.recipe import Recipe
+from pocketune.train import new_optimizer
+from pocketune_edge.batches import schedule
+from pocketune_edge.bundle import Bundle
+from pocketune_edge.cache import from_bfloat16, to_bfloat16
+from pocketune_edge.delta import Adapter, by_name, flatten, load_lora, save_lora, start_values
+from pocketune_edge.errors import LoraError
+from pocketune_edge.job import MAX_PHOTO_SIDE
+from pocketune_edge.manifest import Lora, NoiseSchedule, Parameter
+from pocketune_edge.sample import sampling_schedule, to_image
+from pocketune_edge.settings import Settings, key_of
+from pocketune_edge.state import CheckpointFolder, State, fresh_state
+from pocketune_edge.storage import Place
+from pocketune_edge.strict import MisfitError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 1.15])
+def test_schedules_equal_diffusers(shift: float) -> None:
+    noise = NoiseSchedule("flow_match_euler", 1000, shift)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    timesteps, sigmas = schedule(noise)
+    assert np.array_equal(timesteps, scheduler.timesteps.numpy())
+    assert np.array_equal(sigmas, scheduler.sigmas.numpy())
+    for steps in (1, 2, 28):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(steps)
+        timesteps, sigmas = sampling_schedule(noise, steps)
+        assert np.array_equal(timesteps, scheduler.timesteps.numpy())
+        assert np.array_equal(sigmas, scheduler.sigmas.numpy())
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    values[:4] = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8]  # the last two are ties
+    assert np.array_equal(from_bfloat16(to_bfloat16(values)), torch.from_numpy(values).bfloat16().float().numpy())
+
+
+def test_pixels_become_the_image_that_diffusers_makes() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = VaeImageProcessor().postprocess(pixels, output_type="pil")[0]
+    assert np.array_equal(np.asarray(to_image(pixels[0].numpy())), np.asarray(expected))
+
+
+def test_keys_and_constants_are_shared() -> None:
+    recipe = Recipe(instance_prompt="a photo of sks toy", lora_targets=("attn.to_q",))
+    parts = {"recipe": recipe.model_dump(), "model": "m", "photos": ["b", "a"]}
+    assert key_of(json.loads(json.dumps(parts))) == cache_key(parts)
+    assert MAX_PHOTO_SIDE == TORCH_MAX_PHOTO_SIDE
+
+
+def test_every_valid_recipe_has_settings() -> None:
+    recipe = Recipe(instance_prompt="x", draws=3, class_prompt="y", cache_dtype="bfloat16", seed=2**63 - 1)
+    settings = Settings.of(json.loads(recipe.model_dump_json()))
+    assert all(getattr(settings, name) == getattr(recipe, name) for name in Settings.__dataclass_fields__)
+    for name, value in (("steps", 0), ("seed", -1), ("learning_rate", 0), ("batch_size", 1.5), ("instance_prompt", "")):
+        with pytest.raises(MisfitError, match=name):
+            Settings.of(recipe.model_dump() | {name: value})
+
+
+class Tuned:
+    """A tiny torch adapter that has trained a little, and the same as a bundle would describe it."""
+
+    def __init__(self, model: ModelFolder, folder: Path) -> None:
+        self.adapter = model.load_denoiser(dtype=torch.float32, device=CPU)
+        self.parameters = add_lora(self.adapter, blocks=(1, 5), rank=2, seed=3)
+        self.optimizer = new_optimizer(self.parameters, Recipe(instance_prompt="x"))
+        self.without = {name for name in self.parameters if ".5.attn.to_add_out" in name or ".5.attn.add_q" in name}
+        path = save_lora_with_diffusers(self.adapter, folder / "start")
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(3):
+            for name, parameter in self.parameters.items():
+                parameter.grad = None if name in self.without else torch.randn(parameter.shape, generator=generator)
+            self.optimizer.step()
+        described, offset = [], 0
+        keys = list(load_file(path))
+        for name, parameter in self.parameters.items():
+            key = f"transformer.{name.replace('.default', '')}"
+            assert key in keys
+            at = None if name in self.without else offset
+            described.append(Parameter(name, key, (parameter.shape[0], parameter.shape[1]), int(name.split(".")[1]), at))
+            offset += 0 if at is None else parameter.numel()
+        self.lora = Lora(2, 2.0, ("attn.to_q",), tuple(described), offset, "start.safetensors")
+        self.bundle = FakeBundle(self.lora, path)
+
+
+class FakeBundle(Bundle):
+    """A bundle of nothing but a LoRA."""
+
+    def __init__(self, lora: Lora, path: Path) -> None:
+        self.path = path.parent
+        self.manifest = type("Manifest", (), {"lora": lora})()  # type: ignore[assignment]
+        self._content = path.read_bytes()
+        self._place = Place(path, 0, path.stat().st_size)
+
+    def read(self, path: str) -> bytes:
+        return self._content
+
+    def place(self, path: str) -> Place:
+        return self._place
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    return Tuned(tiny_model, tmp_path_factory.mktemp("tuned"))
+
+
+def as_numpy(parameters: dict[str, nn.Parameter]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
+
+
+def test_lora_files_have_the_bytes_that_diffusers_writes(tuned: Tuned, tmp_path: Path) -> None:
+    start = start_values(tuned.bundle)
+    assert set(start.fixed) == tuned.without and start.flat.any()
+    values = as_numpy(tuned.parameters)
+    flat = flatten(tuned.lora, values)
+    assert not np.array_equal(flat, start.flat)
+    ours = save_lora(tuned.bundle, Adapter(flat, start.fixed), tmp_path / "ours")
+    theirs = save_lora_with_diffusers(tuned.adapter, tmp_path / "theirs")
+    assert ours.read_bytes() == theirs.read_bytes()
+    again = load_lora(tuned.bundle, tmp_path / "ours")
+    assert np.array_equal(again.flat, flat)
+    assert all(
+        np.array_equal(by_name(tuned.lora, again.flat)[name], values[name]) for name in values if name not in tuned.without
+    )
+
+
+def test_strange_lora_files_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+    from safetensors.numpy import load, save
+
+    good = save_lora(tuned.bundle, start_values(tuned.bundle), tmp_path / "good").read_bytes()
+    tensors = load(good)
+    first = sorted(tensors)[0]
+    cases = {
+        "cut": good[: len(good) // 2],
+        "empty": b"",
+        "shape": save(tensors | {first: tensors[first][:1]}),
+        "missing": save({key: value for key, value in tensors.items() if key != first}),
+        "more": save(tensors | {"transformer.other.lora_A.weight": tensors[first]}),
+        "nan": save(tensors | {first: np.full_like(tensors[first], np.nan)}),
+        "strength": save(tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 2}'}),
+        "metadata": save(tensors, {"lora_adapter_metadata": "[["}),
+    }
+    for name, content in cases.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(LoraError, match="does not fit the bundle"):
+            load_lora(tuned.bundle, path)
+    with pytest.raises(LoraError, match="no LoRA at"):
+        load_lora(tuned.bundle, tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_torch_is_one_of_ours(tuned: Tuned, tmp_path: Path) -> None:
+    torch_checkpoint.CheckpointFolder(tmp_path, fingerprint="f").save(
+        tuned.parameters, tuned.optimizer, step=3, losses=(3.0, 2.0, 1.5)
+    )
+    state = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f").restore(start_values(tuned.bundle))
+    assert state.losses == (3.0, 2.0, 1.5)
+    moments = {name: tuned.optimizer.state[parameter] for name, parameter in tuned.parameters.items()}
+    assert np.array_equal(state.parameters, flatten(tuned.lora, as_numpy(tuned.parameters)))
+    for kind, flat in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        found = by_name(tuned.lora, flat)
+        assert all(np.array_equal(found[name], moments[name][kind].numpy()) for name in found)
+
+
+def test_a_checkpoint_of_ours_is_one_of_torch(tuned: Tuned, tiny_model: ModelFolder, tmp_path: Path) -> None:
+    start = start_values(tuned.bundle)
+    rng = np.random.default_rng(0)
+    vectors = [rng.standard_normal(start.flat.shape).astype(np.float32) for _ in range(3)]
+    folder = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f")
+    for steps in range(1, 5):
+        folder.save(State(vectors[0], vectors[1], np.abs(vectors[2]), (1.0,) * steps, start.fixed))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000003.safetensors", "step-000004.safetensors"]
+
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
+    parameters = add_lora(adapter, blocks=(1, 5), rank=2, seed=99)
+    optimizer = new_optimizer(parameters, Recipe(instance_prompt="x"))
+    progressed = torch_checkpoint.CheckpointFolder(tmp_path, fingerprint="f").restore(parameters, optimizer)
+    assert progressed.step == 4
+    ours = by_name(tuned.lora, vectors[0]) | start.fixed
+    assert all(np.array_equal(parameter.detach().numpy(), ours[name]) for name, parameter in parameters.items())
+    second = by_name(tuned.lora, np.abs(vectors[2]))
+    for name, parameter in parameters.items():
+        assert (name in second) == (parameter in optimizer.state)
+        if name in second:
+            assert np.array_equal(optimizer.state[parameter]["exp_avg_sq"].numpy(), second[name])
+            assert optimizer.state[parameter]["step"].item() == 4
+
+
+def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+    start = start_values(tuned.bundle)
+    folder = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f")
+    assert folder.restore(start).step == 0
+    path = folder.save(fresh_state(start))
+    assert np.array_equal(folder.restore(start).parameters, start.flat)
+    with pytest.raises(RunError, match="another recipe"):
+        CheckpointFolder(tmp_path, tuned.lora, fingerprint="g").restore(start)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RunError, match="damaged"):
+        folder.restore(start)
