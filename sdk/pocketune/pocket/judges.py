@@ -82,6 +82,8 @@ class AttributeClassifier(nn.Module):
     def classify(self, images: Sequence[Image.Image]) -> list[dict[str, str | None]]:
         """The most likely value of every attribute of each image; the colour of a toy is None, for captions never name it."""
         rows: list[dict[str, str | None]] = []
+        if not images:
+            return rows
         for pixels in to_pixels(images).split(_CHUNK):
             best = {name: logits.argmax(dim=1).tolist() for name, logits in self(pixels).items()}
             for index in range(len(pixels)):
@@ -109,6 +111,8 @@ class SubjectEmbedder(nn.Module):
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, 64), float32; the dot product of two is their cosine similarity."""
+        if not images:
+            return torch.zeros(0, EMBEDDING)
         return torch.cat([self(pixels) for pixels in to_pixels(images).split(_CHUNK)])
 
 
