@@ -1,5 +1,7 @@
 """Fixtures: a tiny SD3 pipeline with random weights, in an ordinary diffusers folder."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from pocketune.models.load import ModelFolder
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import random_scene, toy_identity
 from pocketune.pocket.text import new_text_encoder, new_tokenizer
+from tests.tiny_models import build
 
 torch.set_num_threads(1)
 
@@ -83,3 +86,15 @@ def toy_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scene = random_scene(rng, toy=toy_identity(5))
         render(scene, size=128).resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}.jpg", quality=95)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFolder]:
+    """The tiny pipeline of an architecture by name, made once."""
+    folder = tmp_path_factory.mktemp("pipelines")
+
+    @cache
+    def get(name: str) -> ModelFolder:
+        return ModelFolder(f"tiny-{name}", build(name, folder / name))
+
+    return get

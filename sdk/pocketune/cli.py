@@ -114,7 +114,9 @@ def sample(
     model: ModelOption = None,
     seed: Annotated[int, typer.Option(help="Of the first image; the next ones count up.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler; default: those of the RUN, else 28.", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: that of the RUN, else 7.", min=0.0)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; default: of the RUN, else of the model.", min=0.0)
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(help="Image side in pixels; default: that of the RUN or model.", min=16)
     ] = None,

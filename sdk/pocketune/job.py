@@ -67,7 +67,9 @@ def personalize(
     run = Path(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with MemoryLog() as memory:
-        job = Phases(recipe, open_model(model), run, torch.device(device or default_device()), memory, on_progress)
+        folder = open_model(model)
+        recipe = folder.family.complete(recipe)
+        job = Phases(recipe, folder, run, torch.device(device or default_device()), memory, on_progress)
         with job.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         job.check_resolution()

@@ -80,10 +80,11 @@ class Phases:
     def check_resolution(self) -> None:
         """Refuse a resolution that the model cannot work at."""
         unit, largest = self.folder.resolution_unit, self.folder.largest_resolution
-        if self.resolution % unit or self.resolution > largest:
-            nearest = min(largest, max(unit, round(self.resolution / unit) * unit))
+        if self.resolution % unit or self.resolution > (largest or self.resolution):
+            nearest = max(unit, round(self.resolution / unit) * unit)
+            nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
             msg = (
-                f"resolution {self.resolution} does not fit {self.folder.name}: expected a multiple of {unit} up to {largest}. "
+                f"resolution {self.resolution} does not fit {self.folder.name}: expected a multiple of {unit}{bound}. "
                 f"Try --resolution {nearest}."
             )
             raise PlanError(msg)
@@ -164,7 +165,7 @@ class Phases:
             plan,
             draws=len(distinct),
             image_tokens=(self.resolution // self.folder.resolution_unit) ** 2,
-            text_tokens=prompts["instance"].hidden.shape[1],
+            text_tokens=prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0,
             width=self.folder.width,
             dtype=cache_dtype,
         )

@@ -12,7 +12,10 @@ from pocketune.errors import RecipeError
 
 
 class Recipe(BaseModel):
-    """What is asked. The defaults are those of diffusers' SD3 DreamBooth-LoRA script unless the field says otherwise."""
+    """What is asked. The defaults are those of diffusers' SD3 DreamBooth-LoRA script unless the field says otherwise.
+
+    For other architectures, fields that are not given take the defaults of their own script; the report shows what was used.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

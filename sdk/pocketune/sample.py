@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from pocketune.delta import LORA_FILE
+from pocketune.delta import LORA_FILE, load_lora
 from pocketune.errors import FileFormatError
 from pocketune.models.load import ModelFolder, open_model
-from pocketune.models.quiet import quiet_libraries
 
 BATCH = 4
 
@@ -24,7 +23,7 @@ def generate(
     lora: str | Path | None = None,
     seeds: Sequence[int] | None = None,
     steps: int = 28,
-    guidance: float = 7.0,
+    guidance: float | None = None,
     resolution: int | None = None,
     device: str | None = None,
     on_image: Callable[[int, int], None] | None = None,
@@ -37,7 +36,7 @@ def generate(
         lora: a LoRA file, a folder that holds one, or a RUN folder of `personalize`.
         seeds: one a prompt; default 0, 1, 2 and so on. Equal seeds give equal images, whatever the other prompts are.
         steps: of the sampler.
-        guidance: classifier-free guidance scale.
+        guidance: guidance scale; default: what suits the architecture, 7 for Stable Diffusion 3.
         resolution: image side in pixels; default: the model's.
         device: torch device; default: CUDA where there is one.
         on_image: called with (done, total).
@@ -58,14 +57,14 @@ def generate(
         prompts,
         seeds=list(seeds) if seeds is not None else list(range(len(prompts))),
         steps=steps,
-        guidance=guidance,
+        guidance=folder.family.guidance if guidance is None else guidance,
         resolution=resolution,
         on_image=on_image,
     )
 
 
 def run_pipeline(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     folder: ModelFolder,
     prompts: Sequence[str],
     *,
@@ -88,7 +87,7 @@ def run_pipeline(
             guidance_scale=guidance,
             height=side,
             width=side,
-            max_sequence_length=folder.text_padding,
+            **folder.family.sampling(folder.text_padding),
         ).images
         if on_image is not None:
             on_image(len(images), len(prompts))
@@ -109,15 +108,14 @@ def find_lora(path: str | Path) -> Path:
     raise FileFormatError(msg)
 
 
-def apply_lora(pipeline: StableDiffusion3Pipeline, path: Path, folder: ModelFolder) -> None:
+def apply_lora(pipeline: Any, path: Path, folder: ModelFolder) -> None:
     """Load a LoRA into a stock pipeline.
 
     Raises:
         FileFormatError: the file is damaged, or belongs to another architecture.
     """
     try:
-        with quiet_libraries():
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, use_safetensors=True)
+        load_lora(pipeline, path)
     except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
         first = str(error).strip().splitlines()[0][:200]
         msg = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
@@ -20,6 +21,10 @@ Features = Mapping[Span, Streams]
 """Of each skipped span: the streams that leave it (a prefix), or output minus input (any later span)."""
 
 
+Objective = Literal["flow", "epsilon", "v_prediction"]
+"""What the denoiser predicts: the velocity of rectified flow, the noise, or the v of a diffusion."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """The inputs of one step.
@@ -29,6 +34,8 @@ class Batch:
         noise: like latents.
         timesteps: (batch,), as the denoiser takes them.
         sigmas: (batch,), the noise level of each timestep.
+        alphas: (batch,), the share of the clean latents in a diffusion; None for rectified flow, where it is 1 - sigma.
+        objective: what the denoiser predicts.
         prompt: encoded text, batched.
         loss_weights: (batch,), 1 / photos for each photo and prior_loss_weight / class images for each class image.
         features: cached streams of the skipped spans; empty when nothing is skipped.
@@ -41,12 +48,19 @@ class Batch:
     prompt: Prompt
     loss_weights: Tensor
     features: Features = field(default_factory=dict)
+    alphas: Tensor | None = None
+    objective: Objective = "flow"
 
     @property
     def noisy(self) -> Tensor:
-        """Rectified flow, x_t = (1 - sigma) x_0 + sigma noise. Paper: Esser et al. 2024, equation 4."""
+        """x_t = alpha x_0 + sigma noise.
+
+        Paper: Esser et al. 2024, equation 4, with alpha = 1 - sigma for rectified flow; Ho et al. 2020 (DDPM), equation 4, with
+        alpha^2 + sigma^2 = 1 for a diffusion.
+        """
         sigma = self.sigmas.view(-1, 1, 1, 1)
-        return (1.0 - sigma) * self.latents + sigma * self.noise
+        alpha = 1.0 - sigma if self.alphas is None else self.alphas.view(-1, 1, 1, 1)
+        return alpha * self.latents + sigma * self.noise
 
 
 def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_residuals: bool = True) -> Tensor:
@@ -95,6 +109,25 @@ def flow_matching_loss(
     else:
         target = batch.noise - batch.latents
     per_sample: Tensor = (weighting.float() * (output.float() - target.float()) ** 2).flatten(1).mean(1)
+    return (per_sample * batch.loss_weights).sum()
+
+
+def diffusion_loss(output: Tensor, batch: Batch) -> Tensor:
+    """The loss of diffusers' `train_dreambooth_lora.py` and `train_dreambooth_lora_sdxl.py`, a scalar.
+
+    Paper: Ho et al. 2020 (DDPM), equation 14; v-prediction as in Salimans and Ho 2022.
+    Differs: per-sample weights stand for the script's separate sum over class images; the value is the same.
+
+    Args:
+        output: the denoiser's noise or v, (batch, channels, height, width). Channels beyond those of the latents are a learned
+            variance and do not count.
+        batch: the inputs that made it.
+    """
+    target = batch.noise
+    if batch.objective == "v_prediction" and batch.alphas is not None:
+        target = batch.alphas.view(-1, 1, 1, 1) * batch.noise - batch.sigmas.view(-1, 1, 1, 1) * batch.latents
+    output = output[:, : target.shape[1]]
+    per_sample: Tensor = ((output.float() - target.float()) ** 2).flatten(1).mean(1)
     return (per_sample * batch.loss_weights).sum()
 
 

@@ -16,7 +16,7 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
-from pocketune.step import Batch, Features, flow_matching_loss, predict
+from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, predict
 
 
 def train(
@@ -87,9 +87,12 @@ def train_step(
 ) -> float:
     """One step: loss, backward, clip, update; the loss before the update."""
     output = predict(adapter, plan, batch, use_residuals=recipe.use_residuals)
-    loss = flow_matching_loss(
-        output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
-    )
+    if batch.objective == "flow":
+        loss = flow_matching_loss(
+            output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
+        )
+    else:
+        loss = diffusion_loss(output, batch)
     torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
     optimizer.step()

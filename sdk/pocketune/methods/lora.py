@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from pocketune.errors import RecipeError
@@ -49,7 +49,10 @@ def add_lora(
     pattern = "|".join(re.escape(name) for name in present)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=f"({pattern})")
     with torch.random.fork_rng():  # peft draws its start from the global generator; every value is overwritten below
-        model.add_adapter(config, adapter_name=ADAPTER)
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, adapter_name=ADAPTER)
+        else:  # diffusers gives PixArt no such method
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, start in start_values(parameters, rank=rank, seed=seed).items():
         parameters[name].data = parameters[name].data.float().copy_(start)

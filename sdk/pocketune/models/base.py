@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from pocketune.errors import PlanError
 
 Streams = tuple[Tensor, ...]
 """What flows from block to block, image tokens first: (image: (batch, tokens, width), text: (batch, tokens, width))."""
@@ -13,25 +15,40 @@ Streams = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Encoded text. `hidden`: (batch, tokens, width); `pooled`: (batch, width)."""
+    """Encoded text; what an architecture does not take is None.
+
+    Attributes:
+        hidden: (batch, tokens, width).
+        pooled: (batch, width).
+        mask: (batch, tokens), 1 where a token counts and 0 where it is padding.
+    """
 
     hidden: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every block and the head see besides the streams.
+    """What every block and the head see besides the streams; what an architecture does not use is None.
 
     Attributes:
-        embedding: (batch, width), the embedded timestep and pooled text.
+        embedding: (batch, width), the embedded timestep, and pooled text where the model takes it.
         height: of the latents.
         width: of the latents.
+        modulation: (batch, 6 * width), the scales and shifts that all blocks share (adaLN-single).
+        text: (batch, tokens, width), projected text that blocks attend to and do not change.
+        text_bias: (batch, 1, tokens), added to the attention scores of that text.
+        rotary: cosines and sines of the positions of text and image, each (tokens, head width).
     """
 
     embedding: Tensor
     height: int
     width: int
+    modulation: Tensor | None = None
+    text: Tensor | None = None
+    text_bias: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class DenoiserAdapter(Protocol):
@@ -66,6 +83,19 @@ class DenoiserAdapter(Protocol):
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Turn the image stream into the model's output, (batch, channels, height, width)."""
+
+
+class RemovedBlock(nn.Module):
+    """Holds the place of a block whose weights were taken out."""
+
+    def forward(self, *_: object, **__: object) -> None:
+        """Refuse to run.
+
+        Raises:
+            PlanError: always.
+        """
+        msg = "a removed block was run: the plan and the loaded weights disagree. Load the plan's kept blocks."
+        raise PlanError(msg)
 
 
 def run_blocks(adapter: DenoiserAdapter, start: int, stop: int, streams: Streams, context: Context) -> Streams:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import SafetensorError, safe_open
 
 from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, Prompt
-from pocketune.models.mmdit import SD3Adapter
+from pocketune.models.family import Family
 from pocketune.models.quiet import quiet_libraries
+from pocketune.models.registry import family_named
 
 BUILT_IN = ("pocket-sd3",)
-_DENOISERS: dict[str, tuple[Any, Any]] = {"SD3Transformer2DModel": (SD3Transformer2DModel, SD3Adapter)}
+PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024")
 
 
 class ModelFolder:
@@ -38,55 +39,65 @@ class ModelFolder:
         self.source = name if name in BUILT_IN or "/" in name else str(path.resolve())
         self.index = _read_json(path / "model_index.json", f"{path} is not a diffusers model folder")
         kind = (self.index.get("transformer") or self.index.get("unet") or [None, "none"])[1]
-        if kind not in _DENOISERS:
-            msg = f"{name} has the denoiser {kind}, for which there is no adapter; supported: {', '.join(_DENOISERS)}."
-            raise ModelError(msg)
-        self.denoiser_kind: str = kind
-        self.denoiser_config = _read_json(path / "transformer" / "config.json", f"{name} has no transformer")
-        self.vae_config = _read_json(path / "vae" / "config.json", f"{name} has no VAE")
+        self.family = family_named(str(kind), name=name)
+        self.denoiser_kind = self.family.kind
+        self.denoiser_config = self.config(self.family.component)
+        self.vae_config = self.config("vae")
+        self.sizes = self.family.sizes(self.denoiser_config)
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has a part, as "text_encoder_3"."""
+        return (self.index.get(part) or [None, None])[1] is not None
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of a part.
+
+        Raises:
+            ModelError: there is none, or it is damaged.
+        """
+        return _read_json(self.path / part / "config.json", f"{self.name} has no {part}")
 
     @property
     def block_count(self) -> int:
         """Blocks of the denoiser."""
-        return int(self.denoiser_config["num_layers"])
+        return self.sizes.blocks
 
     @property
     def width(self) -> int:
         """Channels of a token."""
-        return int(self.denoiser_config["num_attention_heads"]) * int(self.denoiser_config["attention_head_dim"])
+        return self.sizes.width
+
+    @property
+    def has_text_stream(self) -> bool:
+        """Whether text flows from block to block and is changed by them; otherwise blocks only attend to it."""
+        names: tuple[str, ...] = self.family.adapter.stream_names
+        return "text" in names
 
     @property
     def vae_scale(self) -> int:
         """Image pixels along the side of a latent pixel."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+        stages = self.vae_config.get("block_out_channels") or self.vae_config["encoder_block_out_channels"]
+        return int(2 ** (len(stages) - 1))
 
     @property
     def resolution_unit(self) -> int:
         """Image sides must be multiples of this many pixels."""
-        return self.vae_scale * int(self.denoiser_config["patch_size"])
+        return self.vae_scale * self.sizes.patch
 
     @property
     def native_resolution(self) -> int:
         """The side, in pixels, that the model was made for."""
-        return int(self.denoiser_config["sample_size"]) * self.vae_scale
+        return self.sizes.native * self.vae_scale
 
     @property
-    def largest_resolution(self) -> int:
-        """The side, in pixels, that the position table allows."""
-        return int(self.denoiser_config["pos_embed_max_size"]) * self.resolution_unit
+    def largest_resolution(self) -> int | None:
+        """The side, in pixels, that the position table allows; None: no bound."""
+        return None if self.sizes.largest is None else self.sizes.largest * self.vae_scale
 
     @property
     def text_padding(self) -> int:
-        """The `max_sequence_length` for the T5 part of a prompt.
-
-        A model whose text width is just that of its CLIP encoders was made without T5; diffusers would append zeros for it.
-        """
-        if (self.index.get("text_encoder_3") or [None, None])[1] is not None:
-            return 256
-        widths = [
-            _read_json(self.path / part / "config.json", f"{self.name} has no {part}")["hidden_size"] for part in _CLIP_PARTS
-        ]
-        return 0 if sum(widths) == self.denoiser_config["joint_attention_dim"] else 256
+        """The `max_sequence_length` for the long part of a prompt."""
+        return self.family.text_length(self)
 
     def note(self) -> str | None:
         """What a report should say about an embedded model that is not fully trained."""
@@ -105,23 +116,19 @@ class ModelFolder:
         takes no time with a large model.
         """
         parts: list[Any] = [self.denoiser_config, self.vae_config]
-        for folder in ("transformer", "vae", *_CLIP_PARTS, "text_encoder_3"):
+        for folder in (self.family.component, "vae", *self.family.text_encoders):
             for file in sorted((self.path / folder).glob("*.safetensors")):
                 parts.append([folder, file.name, _weights_digest(file)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The noise schedule."""
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
+    def scheduler(self) -> Any:
+        """The noise schedule that trains."""
+        with quiet_libraries():  # a sampler's configuration has entries that it does not know
+            return self.family.noise.from_pretrained(self.path, subfolder="scheduler")
 
     def empty_denoiser(self) -> DenoiserAdapter:
         """The denoiser's structure, frozen, with its parameters on the meta device."""
-        model_class, adapter_class = _DENOISERS[self.denoiser_kind]
-        with init_empty_weights():
-            model = model_class.from_config(self.denoiser_config)
-        model.requires_grad_(False)
-        adapter: DenoiserAdapter = adapter_class(model.eval())
-        return adapter
+        return empty_denoiser(self.denoiser_config, self.family)
 
     def denoiser_files(self) -> list[Path]:
         """The safetensors files with the denoiser's weights.
@@ -129,7 +136,7 @@ class ModelFolder:
         Raises:
             ModelError: there are none.
         """
-        return _weight_files(self.path / "transformer", self.name)
+        return _weight_files(self.path / self.family.component, self.name)
 
     def load_denoiser(
         self, *, dtype: torch.dtype, device: torch.device, blocks: Collection[int] | None = None
@@ -151,46 +158,42 @@ class ModelFolder:
         model.eval()
         return adapter
 
-    def load_vae(self, *, device: torch.device) -> AutoencoderKL:
+    def load_vae(self, *, device: torch.device) -> Any:
         """The VAE in float32, frozen."""
-        with quiet_libraries():
-            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+        with _building():
+            vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
         vae.requires_grad_(False)
         return vae.eval()
 
-    def pipeline(self, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion3Pipeline:
+    def pipeline(self, *, dtype: torch.dtype, device: torch.device) -> Any:
         """The stock diffusers pipeline, for sampling."""
-        with quiet_libraries():
-            return StableDiffusion3Pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
+        with _building():
+            return self.family.pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, device: torch.device) -> dict[str, Prompt]:
-        """Encode prompts with diffusers' own code, float32 on the CPU, each (1, tokens, width) and (1, width)."""
-        with init_empty_weights():  # diffusers asks the denoiser for its text width, and for nothing else
-            denoiser = _DENOISERS[self.denoiser_kind][0].from_config(self.denoiser_config)
-        with quiet_libraries():
-            pipeline = StableDiffusion3Pipeline.from_pretrained(
-                self.path, dtype=torch.float32, transformer=denoiser, vae=None, **self._absent_parts()
+        """Encode prompts with diffusers' own code, float32 on the CPU, each with a batch of 1."""
+        denoiser = self.empty_denoiser().model  # diffusers asks it for its text width or type, and for nothing else
+        with _building():
+            pipeline = self.family.pipeline.from_pretrained(
+                self.path, dtype=torch.float32, vae=None, **{self.family.component: denoiser}, **self._absent_parts()
             )
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+        for part in self.family.text_encoders:
+            encoder = getattr(pipeline, part)
             if encoder is not None:
                 encoder.to(device)
         encoded: dict[str, Prompt] = {}
         for prompt in dict.fromkeys(prompts):
-            hidden, _, pooled, _ = pipeline.encode_prompt(
-                prompt=prompt,
-                prompt_2=prompt,
-                prompt_3=prompt,
-                device=device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.text_padding,
+            with quiet_libraries():
+                found = self.family.encode(pipeline, prompt, device=device, length=self.text_padding)
+            encoded[prompt] = Prompt(
+                **{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None},
             )
-            encoded[prompt] = Prompt(hidden=hidden.cpu(), pooled=pooled.cpu())
         return encoded
 
     def _absent_parts(self) -> dict[str, None]:
-        # diffusers 0.42 does not accept an absent T5 from the index; it must be said again.
-        return {} if (self.index.get("text_encoder_3") or [None, None])[1] else {"text_encoder_3": None, "tokenizer_3": None}
+        # diffusers 0.42 does not accept an absent part from the index; it must be said again.
+        return {part: None for part in self.family.optional if not self.has(part)}
 
 
 def open_model(model: str | Path) -> ModelFolder:
@@ -212,7 +215,41 @@ def open_model(model: str | Path) -> ModelFolder:
     return ModelFolder(name, _download(name))
 
 
-_CLIP_PARTS = ("text_encoder", "text_encoder_2")
+def empty_denoiser(config: dict[str, Any], family: Family) -> DenoiserAdapter:
+    """A denoiser's structure, frozen, with its parameters on the meta device.
+
+    Args:
+        config: as diffusers writes it.
+        family: its architecture.
+    """
+    with _building(), init_empty_weights():
+        model = family.denoiser.from_config(config)
+    model.requires_grad_(False)
+    adapter: DenoiserAdapter = family.adapter(model.eval())
+    return adapter
+
+
+def published(name: str) -> DenoiserAdapter:
+    """A published model's denoiser in its true size, on the meta device: for plans and memory, without weights.
+
+    Args:
+        name: one of `PUBLISHED`.
+
+    Raises:
+        ModelError: there is no such configuration.
+    """
+    if name not in PUBLISHED:
+        msg = f"no published configuration {name}; there are {', '.join(PUBLISHED)}."
+        raise ModelError(msg)
+    config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+    return empty_denoiser(config, family_named(config["_class_name"], name=name))
+
+
+@contextmanager
+def _building() -> Iterator[None]:
+    """Quiet, and without a trace in the global random state, from which some modules draw values that are then replaced."""
+    with quiet_libraries(), torch.random.fork_rng():
+        yield
 
 
 def _download(hub_id: str) -> Path:

@@ -5,24 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from pocketune.errors import PlanError
-from pocketune.models.base import Context, Prompt, Streams
-
-
-class RemovedBlock(nn.Module):
-    """Holds the place of a block whose weights were taken out."""
-
-    def forward(self, *_: object, **__: object) -> None:
-        """Refuse to run.
-
-        Raises:
-            PlanError: always.
-        """
-        msg = "a removed block was run: the plan and the loaded weights disagree. Load the plan's kept blocks."
-        raise PlanError(msg)
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.family import Config, Family, Parts, Sizes
 
 
 class SD3Adapter:
@@ -89,3 +76,48 @@ class SD3Adapter:
         hidden = hidden.reshape(hidden.shape[0], rows, columns, patch, patch, -1)
         hidden = torch.einsum("nhwpqc->nchpwq", hidden)
         return hidden.reshape(hidden.shape[0], -1, context.height, context.width)
+
+
+def _sizes(config: Config) -> Sizes:
+    patch = int(config["patch_size"])
+    return Sizes(
+        blocks=int(config["num_layers"]),
+        width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
+        patch=patch,
+        native=int(config["sample_size"]),
+        largest=int(config["pos_embed_max_size"]) * patch,
+    )
+
+
+def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:
+    hidden, _, pooled, _ = pipeline.encode_prompt(
+        prompt=prompt,
+        prompt_2=prompt,
+        prompt_3=prompt,
+        device=device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=length,
+    )
+    return Prompt(hidden=hidden, pooled=pooled)
+
+
+def _text_length(parts: Parts) -> int:
+    """A model whose text width is just that of its CLIP encoders was made without T5; diffusers would append zeros for it."""
+    if parts.has("text_encoder_3"):
+        return 256
+    widths = [parts.config(part)["hidden_size"] for part in ("text_encoder", "text_encoder_2")]
+    return 0 if sum(widths) == parts.denoiser_config["joint_attention_dim"] else 256
+
+
+FAMILY = Family(
+    title="Stable Diffusion 3",
+    denoiser=SD3Transformer2DModel,
+    adapter=SD3Adapter,
+    pipeline=StableDiffusion3Pipeline,
+    text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    sizes=_sizes,
+    encode=_encode,
+    text_length=_text_length,
+    sampling=lambda length: {"max_sequence_length": length},
+    optional=("text_encoder_3", "tokenizer_3"),
+)

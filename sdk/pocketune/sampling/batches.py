@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor
 
+from pocketune.errors import ModelError
 from pocketune.models.base import Prompt
 from pocketune.sampling.draws import Crop, Draw, Kind, cut, noise_for
-from pocketune.step import Batch, Features
+from pocketune.step import Batch, Features, Objective
 
 CropKey = tuple[Kind, int, Crop]
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's latent distribution of one crop, scaled and shifted. mean, std: (1, channels, height, width)."""
+    """The VAE's latent distribution of one crop, scaled and shifted. mean, std: (1, channels, height, width).
+
+    An autoencoder without a distribution has a deviation of zero.
+    """
 
     mean: Tensor
     std: Tensor
 
 
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A scheduler's training timesteps, noisiest first, with their noise levels.
+
+    Attributes:
+        timesteps: (1000,), as the denoiser takes them.
+        sigmas: (1000,), the share of noise.
+        alphas: (1000,), the share of the clean latents; None for rectified flow.
+        objective: what the denoiser predicts.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+    alphas: Tensor | None
+    objective: Objective
+
+    @classmethod
+    def of(cls, scheduler: Any) -> NoiseSchedule:
+        """Read a `FlowMatchEulerDiscreteScheduler` or a `DDPMScheduler`.
+
+        Raises:
+            ModelError: the model predicts something else.
+        """
+        if not isinstance(scheduler, DDPMScheduler):
+            return cls(scheduler.timesteps, scheduler.sigmas, None, "flow")
+        objective = scheduler.config.prediction_type
+        if objective not in ("epsilon", "v_prediction"):
+            msg = f'the scheduler says prediction_type "{objective}"; expected "epsilon" or "v_prediction". Use another model.'
+            raise ModelError(msg)
+        signal = scheduler.alphas_cumprod[scheduler.timesteps]
+        return cls(scheduler.timesteps, (1 - signal) ** 0.5, signal**0.5, objective)
+
+
 @torch.no_grad()
 def encode_crops(
-    vae: AutoencoderKL,
+    vae: Any,
     images: Mapping[Kind, Sequence[Image.Image]],
     draws: Sequence[Draw],
     *,
@@ -44,12 +82,16 @@ def encode_crops(
         on_crop: called with (done, total).
     """
     wanted = list(dict.fromkeys((draw.kind, draw.image, draw.crop) for draw in draws))
-    shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
+    shift, scale = float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
     posteriors: dict[CropKey, Posterior] = {}
     for done, (kind, image, crop) in enumerate(wanted):
         pixels = torch.from_numpy(cut(images[kind][image], crop, resolution=resolution)[None]).to(vae.device)
-        latents = vae.encode(pixels).latent_dist
-        mean, std = (latents.mean - shift) * scale, latents.std * scale
+        encoded = vae.encode(pixels)
+        if hasattr(encoded, "latent_dist"):
+            mean, std = (encoded.latent_dist.mean - shift) * scale, encoded.latent_dist.std * scale
+        else:
+            mean = (encoded.latent - shift) * scale
+            std = torch.zeros_like(mean)
         posteriors[kind, image, crop] = Posterior(mean.cpu(), std.cpu())
         on_crop(done + 1, len(wanted))
     return posteriors
@@ -62,7 +104,7 @@ class BatchMaker:
         self,
         posteriors: Mapping[CropKey, Posterior],
         prompts: Mapping[Kind, Prompt],
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: Any,
         *,
         prior_loss_weight: float,
         device: torch.device,
@@ -71,8 +113,7 @@ class BatchMaker:
         """Keep what draws refer to. `prompts` holds the encoded prompt of each kind."""
         self._posteriors = posteriors
         self._prompts = prompts
-        self._timesteps = scheduler.timesteps
-        self._sigmas = scheduler.sigmas
+        self._schedule = NoiseSchedule.of(scheduler)
         self._weights: dict[Kind, float] = {"instance": 1.0, "class": prior_loss_weight}
         self.device = device
         self.dtype = dtype
@@ -82,16 +123,15 @@ class BatchMaker:
         latents, noises = zip(*(self._latents(draw) for draw in draws), strict=True)
         kinds = [draw.kind for draw in draws]
         indices = [draw.timestep_index for draw in draws]
-        prompts = [self._prompts[draw.kind] for draw in draws]
+        schedule = self._schedule
         return Batch(
             latents=self._to_device(torch.cat(latents)),
             noise=self._to_device(torch.cat(noises)),
-            timesteps=self._timesteps[indices].to(self.device),
-            sigmas=self._to_device(self._sigmas[indices]),
-            prompt=Prompt(
-                hidden=self._to_device(torch.cat([prompt.hidden for prompt in prompts])),
-                pooled=self._to_device(torch.cat([prompt.pooled for prompt in prompts])),
-            ),
+            timesteps=schedule.timesteps[indices].to(self.device),
+            sigmas=self._to_device(schedule.sigmas[indices]),
+            alphas=None if schedule.alphas is None else self._to_device(schedule.alphas[indices]),
+            objective=schedule.objective,
+            prompt=self._batched([self._prompts[kind] for kind in kinds]),
             loss_weights=torch.tensor([self._weights[kind] / kinds.count(kind) for kind in kinds], device=self.device),
             features=features or {},
         )
@@ -100,6 +140,10 @@ class BatchMaker:
         posterior = self._posteriors[draw.kind, draw.image, draw.crop]
         noise, posterior_noise = (torch.from_numpy(values) for values in noise_for(draw, tuple(posterior.mean.shape)))
         return posterior.mean + posterior.std * posterior_noise, noise
+
+    def _batched(self, prompts: Sequence[Prompt]) -> Prompt:
+        parts = {field.name: [getattr(prompt, field.name) for prompt in prompts] for field in fields(Prompt)}
+        return Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)

@@ -1,0 +1,130 @@
+"""What Pocketune knows of an architecture besides its adapter: its parts, sizes, text encoding and its script's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from pocketune.errors import RecipeError
+from pocketune.models.base import Prompt
+from pocketune.recipe import Recipe
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Figures that follow from a denoiser's configuration.
+
+    Attributes:
+        blocks: how many there are.
+        width: channels of a token.
+        patch: latent pixels along a token's side.
+        native: latent pixels along the side of the images that the model was made for.
+        largest: latent pixels along the largest side that the model can work at; None: no bound.
+    """
+
+    blocks: int
+    width: int
+    patch: int
+    native: int
+    largest: int | None = None
+
+
+class Parts(Protocol):
+    """A pipeline folder's configurations."""
+
+    denoiser_config: dict[str, Any]
+
+    def has(self, part: str) -> bool:
+        """Whether the pipeline has such a part."""
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of a part."""
+
+
+class Encode(Protocol):
+    """Encodes one prompt with the pipeline's own code; `length` is the longest text of the long text encoder."""
+
+    def __call__(self, pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:
+        """The prompt, each tensor with a batch of 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        title: as people call it.
+        denoiser: diffusers' model class.
+        adapter: its adapter class, called with a model.
+        pipeline: diffusers' pipeline class.
+        text_encoders: folders of the text encoders.
+        sizes: figures from the denoiser's configuration.
+        encode: encodes a prompt.
+        text_length: the `length` that `encode` and the pipeline are called with.
+        sampling: further arguments of the pipeline's call, given that length.
+        recipe_defaults: recipe fields whose default in the architecture's script is not the recipe's own.
+        vae: the autoencoder's class.
+        component: folder and attribute of the denoiser in the pipeline.
+        optional: parts that may be missing from the folder.
+        noise: class of the noise schedule that trains.
+    """
+
+    title: str
+    denoiser: Any
+    adapter: Any  # a class that is a DenoiserAdapter
+    pipeline: Any
+    text_encoders: tuple[str, ...]
+    sizes: Callable[[Config], Sizes]
+    encode: Encode
+    text_length: Callable[[Parts], int]
+    sampling: Callable[[int], dict[str, Any]]
+    recipe_defaults: Mapping[str, Any] = field(default_factory=dict)
+    vae: Any = AutoencoderKL
+    component: str = "transformer"
+    optional: tuple[str, ...] = ()
+    noise: Any = FlowMatchEulerDiscreteScheduler
+
+    @property
+    def kind(self) -> str:
+        """The denoiser's class name, by which model folders name it."""
+        return str(self.denoiser.__name__)
+
+    @property
+    def flow_matching(self) -> bool:
+        """Whether the model predicts a velocity of rectified flow; otherwise noise, or the v of a diffusion."""
+        return self.noise is FlowMatchEulerDiscreteScheduler
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale of samples where none is asked for."""
+        return float(self.recipe_defaults.get("guidance_scale", Recipe.model_fields["guidance_scale"].default))
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with the architecture's defaults where it names no value.
+
+        Raises:
+            RecipeError: the recipe asks for what the architecture's loss does not have.
+        """
+        missing = {name: value for name, value in self.recipe_defaults.items() if name not in recipe.model_fields_set}
+        completed = recipe.model_copy(update=missing)
+        if not self.flow_matching and completed.precondition_outputs:
+            msg = f"precondition_outputs is of rectified flow; {self.title} predicts noise. Leave it out, or set it to false."
+            raise RecipeError(msg)
+        if not self.flow_matching and completed.weighting_scheme in ("sigma_sqrt", "cosmap"):
+            msg = (
+                f"weighting_scheme {completed.weighting_scheme} weighs the loss of rectified flow, and {self.title} predicts "
+                'noise. Use "none", or "logit_normal" or "mode" to change how often each timestep is drawn.'
+            )
+            raise RecipeError(msg)
+        return completed
+
+
+def fixed_length(tokens: int) -> Callable[[Parts], int]:
+    """A text length that does not depend on the model."""
+    return lambda _: tokens

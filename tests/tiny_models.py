@@ -1,0 +1,161 @@
+"""Tiny pipelines with random weights, one per architecture, in ordinary diffusers folders: 64-pixel images, a few blocks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from transformers import CLIPTextModel, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from pocketune.pocket.text import new_text_encoder, new_tokenizer
+
+TEXT_WIDTH = 32  # of the T5 and Gemma encoders
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def build(name: str, folder: Path) -> Path:
+    """Save the tiny pipeline of an architecture; the same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = BUILDERS[name]()
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def autoencoder(**changes: Any) -> AutoencoderKL:
+    settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+        "sample_size": 64,
+        "scaling_factor": 0.9,
+    }
+    return AutoencoderKL(**(settings | changes))
+
+
+def _t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS]
+    tokenizer = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
+    config = T5Config(vocab_size=len(pieces), d_model=TEXT_WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    return T5EncoderModel(config), tokenizer
+
+
+def _gemma() -> tuple[Gemma2Model, GemmaTokenizer]:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    tokenizer = GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(pieces),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return Gemma2Model(config), tokenizer
+
+
+def _flux() -> FluxPipeline:
+    """Three double and three single blocks of width 32, with the guidance scale as an input."""
+    clip = new_tokenizer()
+    encoder, tokenizer = _t5()
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=64,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
+        text_encoder=CLIPTextModel(new_text_encoder(clip).config),
+        tokenizer=clip,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+    )
+
+
+def _pixart() -> PixArtSigmaPipeline:
+    """Five blocks of width 32 that predict noise and its variance."""
+    encoder, tokenizer = _t5()
+    return PixArtSigmaPipeline(
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=5,
+            cross_attention_dim=32,
+            sample_size=8,
+            caption_channels=TEXT_WIDTH,
+            use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+        vae=autoencoder(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def _sana() -> SanaPipeline:
+    """Five blocks of width 32, with an autoencoder that has no distribution."""
+    encoder, tokenizer = _gemma()
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=5,
+            num_cross_attention_heads=4,
+            cross_attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=TEXT_WIDTH,
+            sample_size=8,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, beta_schedule="linear"
+        ),
+        vae=AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock",) * 4,
+            decoder_block_types=("ResBlock",) * 4,
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            encoder_layers_per_block=(1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            encoder_qkv_multiscales=((), (), (), ()),
+            decoder_qkv_multiscales=((), (), (), ()),
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.41,
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"flux": _flux, "pixart": _pixart, "sana": _sana}
