@@ -65,7 +65,9 @@ def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_interrupted_and_resumed_equals_unbroken(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_equals_unbroken(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     recipe = quick_recipe(skip="0-1,5", steps=5, checkpoint_every=100)
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
 
@@ -74,6 +76,8 @@ def test_interrupted_and_resumed_equals_unbroken(tiny_folder: Path, toy_photos: 
             signal.raise_signal(signal.SIGINT)
 
     broken = tmp_path / "broken"
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with pytest.raises(Interrupted, match="step 3 of 5"):
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, on_progress=stop_at_three)
     record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, resume=True)
