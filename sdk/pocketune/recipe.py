@@ -17,7 +17,7 @@ class Recipe(BaseModel):
     For other architectures, fields that are not given take the defaults of their own script; the report shows what was used.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     instance_prompt: str = Field(min_length=1, description='Names the subject with a rare word, as in "a photo of sks toy".')
     class_prompt: str | None = Field(default=None, description='Turns prior preservation on, as in "a photo of a toy".')

@@ -41,7 +41,7 @@ def test_heap_is_anonymous_and_mapped_files_are_not(tmp_path):
     assert mapped[::4096].sum() == 0
     with_file = read_memory()
     # Mapped anew: the allocator could answer from pages that it had kept, and nothing would grow.
-    heap = np.frombuffer(mmap.mmap(-1, 60 * MB), dtype=np.uint8)
+    heap = np.frombuffer(mmap.mmap(-1, 60 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
     heap[:] = 1
     with_heap = read_memory()
     assert with_file.file_bytes - start.file_bytes > 55 * MB
