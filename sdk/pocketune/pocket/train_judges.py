@@ -3,8 +3,8 @@
 One pool of renders serves both: four photographs each of thousands of subjects, toys and named classes. The classifier learns
 their labels; the embedder starts from the classifier's convolutions and learns which renders show the same subject. Every
 family of toys holds twins, equal in colours or in shape, so that neither alone is enough. Then the classifier goes on with a
-pool of mostly small subjects, the hardest to read. All see softened renders too, for they will judge what a diffusion model
-paints.
+pool of mostly small subjects, the hardest to read; what ships is the mean of its weights before and after. All see softened
+renders too, for they will judge what a diffusion model paints.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def train_judges(
     pool.cache_clear()
     small_pool = cache(partial(render_pool, families=small_families, seed=seed, mostly_small=True))
     refinement = Schedule(steps=small_steps, seed=seed + 1, learning_rate=LEARNING_RATE / 2)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
     train_classifier(classifier, small_pool, refinement, StageRun(work / "small"))
+    classifier.load_state_dict(mean_weights(before, classifier.state_dict()))
     _store(classifier, out / "attributes.safetensors")
     _store(embedder, out / "subjects.safetensors")
     settings = {"families": families, "small_families": small_families, "steps": steps, "embedder_steps": embedder_steps}
@@ -124,6 +126,14 @@ def train_judges(
     measured = measure_judges(out)
     write_text(out / "judges.json", json.dumps({"heads": HEADS, "training": settings, "held_out": measured}, indent=2) + "\n")
     logger.info("held out: %s", measured)
+
+
+def mean_weights(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Halfway between two states of one model; counters are those of `after`.
+
+    Paper: Wortsman et al. 2022 (WiSE-FT), equation 1 with mixing coefficient 1/2: keeps what was known before.
+    """
+    return {name: (before[name] + value) / 2 if value.is_floating_point() else value for name, value in after.items()}
 
 
 class _LossOfStep(Protocol):
