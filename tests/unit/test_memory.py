@@ -32,6 +32,13 @@ def test_agrees_with_an_independent_reader():
     assert memory_source() == "/proc/self/status"
 
 
+def fresh_pages(size: int) -> np.ndarray:
+    """Written anonymous memory, mapped anew: the allocator could answer from pages that it had kept, and nothing would grow."""
+    pages = np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
+    pages[:] = 1
+    return pages
+
+
 @linux
 def test_heap_is_anonymous_and_mapped_files_are_not(tmp_path):
     path = tmp_path / "weights"
@@ -40,9 +47,7 @@ def test_heap_is_anonymous_and_mapped_files_are_not(tmp_path):
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
     assert mapped[::4096].sum() == 0
     with_file = read_memory()
-    # Mapped anew: the allocator could answer from pages that it had kept, and nothing would grow.
-    heap = np.frombuffer(mmap.mmap(-1, 60 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
-    heap[:] = 1
+    heap = fresh_pages(60 * MB)
     with_heap = read_memory()
     assert with_file.file_bytes - start.file_bytes > 55 * MB
     assert with_file.anonymous_bytes - start.anonymous_bytes < 5 * MB
@@ -112,7 +117,7 @@ def test_peak_of_anonymous_memory_belongs_to_its_phase():
     with MemoryLog(interval_s=60) as log:
         log.phase("small")
         log.phase("large")
-        block = np.ones(50 * MB, dtype=np.uint8)
+        block = fresh_pages(50 * MB)
         log.phase("after")
         del block
     peaks = log.peaks()
@@ -126,7 +131,7 @@ def test_a_short_new_maximum_of_resident_memory_is_not_missed():
         before = read_memory().rss_bytes
         needed = read_peak_rss() - before + 40 * MB
         log.phase("spike")
-        np.ones(needed, dtype=np.uint8)
+        fresh_pages(needed)
         log.phase("after")
         after = log.rows[-1].rss_bytes
     assert after < before + needed // 2
