@@ -1,0 +1,92 @@
+"""How the LoRA matrices lie in the one flat vector that exported graphs take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pocketune.errors import PlanError
+from pocketune_export.capture import frozen_weights, with_weights
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place: elements [start, stop) of the flat vector, row-major."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past its last element."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return self.start + count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parameters that train, in their order in the model, without gaps."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def elements(self) -> int:
+        """Length of the flat vector."""
+        return self.slots[-1].stop if self.slots else 0
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The flat vector's parameters by name, as views."""
+        return {slot.name: flat[slot.start : slot.stop].view(slot.shape) for slot in self.slots}
+
+    def join(self, values: Mapping[str, Tensor]) -> Tensor:
+        """A flat vector of values by name."""
+        return torch.cat([values[slot.name].reshape(-1) for slot in self.slots])
+
+    def part(self, prefix: str) -> tuple[Layout, int, int]:
+        """The layout of one block alone, starting at 0, and its slice [start, stop) of the whole vector.
+
+        Raises:
+            PlanError: the block's parameters are not neighbours.
+        """
+        chosen = [slot for slot in self.slots if slot.name.startswith(prefix + ".")]
+        if not chosen:
+            return Layout(()), 0, 0
+        start, stop = chosen[0].start, chosen[-1].stop
+        if sum(slot.stop - slot.start for slot in chosen) != stop - start:
+            msg = f"the parameters of {prefix} are not neighbours in the model. Please report this model."
+            raise PlanError(msg)
+        return Layout(tuple(Slot(slot.name, slot.shape, slot.start - start) for slot in chosen)), start, stop
+
+
+def layout_of(parameters: Mapping[str, Tensor], without: Sequence[str] = ()) -> Layout:
+    """Lay out parameters one after the other, leaving some out."""
+    slots: list[Slot] = []
+    for name, parameter in parameters.items():
+        if name not in without:
+            slots.append(Slot(name, tuple(parameter.shape), slots[-1].stop if slots else 0))
+    return Layout(tuple(slots))
+
+
+def without_gradient(model: nn.Module, parameters: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Names of the parameters that a loss does not depend on, found on shapes alone.
+
+    PyTorch's AdamW leaves them as they are, weight decay included; so they have no place in the flat vector.
+
+    Args:
+        model: may lie on the meta device.
+        parameters: what trains.
+        loss: computes the loss from tensors that it makes itself; called where tensors hold no data.
+    """
+    with FakeTensorMode():
+        leaves = {name: torch.empty(value.shape, requires_grad=True) for name, value in parameters.items()}
+        frozen = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in frozen_weights(model).items()}
+        value = with_weights(model, frozen | leaves, loss)
+        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None)

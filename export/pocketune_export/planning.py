@@ -1,0 +1,83 @@
+"""Planned memory: what a graph's intermediate results need at their peak, and what a training phase needs in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper, shape_inference
+
+from pocketune_export.manifest import Graph, Memory
+
+_ALIASES = frozenset({"Reshape", "Identity", "Squeeze", "Unsqueeze"})
+FLOAT_BYTES = 4
+
+
+def activation_bytes(content: bytes) -> int:
+    """Peak bytes of a model's intermediate results and outputs, when nodes run in their order and free what nobody reads again.
+
+    Args:
+        content: of the .onnx file; external data is not read.
+    """
+    graph = shape_inference.infer_shapes(onnx.load_model_from_string(content)).graph
+    sizes = {info.name: _bytes(info) for info in (*graph.value_info, *graph.output)}
+    root = _roots(graph)
+    last = {root.get(info.name, info.name): len(graph.node) for info in graph.output}
+    for place, node in enumerate(graph.node):
+        for name in node.input:
+            last[root.get(name, name)] = max(place, last.get(root.get(name, name), 0))
+    ends: dict[int, list[str]] = {}
+    now = peak = 0
+    for place, node in enumerate(graph.node):
+        for name in node.output:
+            if name and root.get(name, name) == name:
+                now += sizes.get(name, 0)
+                ends.setdefault(last.get(name, place), []).append(name)
+        peak = max(peak, now)
+        now -= sum(sizes.get(name, 0) for name in ends.pop(place, ()))
+    return peak
+
+
+def planned_memory(graphs: Sequence[Graph]) -> Memory:
+    """What the training phase needs, in one graph or block by block, from the manifest's graphs."""
+    step = next(graph for graph in graphs if graph.role == "train_step")
+    streaming = [graph for graph in graphs if graph.role in ("embed", "block_forward", "block_vjp", "head_loss", "adamw")]
+    trained = {graph.block for graph in graphs if graph.role == "block_vjp"}
+    kept = sum(
+        spec.elements * FLOAT_BYTES
+        for graph in graphs
+        if graph.role == "block_forward" and graph.block in trained
+        for spec in graph.inputs
+        if spec.name != "parameters"
+    )
+    optimizer = next(graph for graph in graphs if graph.role == "adamw")
+    state = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs)
+    return Memory(
+        one_graph_anonymous=step.activation_bytes + _input_bytes(step),
+        one_graph_mapped=step.weight_bytes,
+        streaming_anonymous=state + kept + max(graph.activation_bytes + _input_bytes(graph) for graph in streaming),
+        streaming_mapped=max(graph.weight_bytes for graph in streaming),
+    )
+
+
+def _roots(graph: GraphProto) -> dict[str, str]:
+    """Of each value that shares memory with another, the first one."""
+    root: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type in _ALIASES:
+            root[node.output[0]] = root.get(node.input[0], node.input[0])
+    return root
+
+
+def _bytes(info: ValueInfoProto) -> int:
+    kind = info.type.tensor_type
+    if kind.elem_type == TensorProto.UNDEFINED:
+        return 0
+    count = 1
+    for side in kind.shape.dim:
+        count *= side.dim_value
+    return count * int(helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize)
+
+
+def _input_bytes(graph: Graph) -> int:
+    return sum(spec.elements * FLOAT_BYTES for spec in graph.inputs)

@@ -1,0 +1,216 @@
+"""Verify a bundle: the same steps with eager PyTorch and on ONNX Runtime, compared by name.
+
+The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from pocketune.errors import FileFormatError
+from pocketune.methods.lora import add_lora
+from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.load import ModelFolder, open_model
+from pocketune.plan.blocks import BlockPlan, Span
+from pocketune.recipe import Recipe
+from pocketune.step import Batch
+from pocketune.train import new_optimizer, train_step
+from pocketune_export.bundle import Bundle
+from pocketune_export.manifest import Manifest, TensorSpec
+from pocketune_export.quantize import Storage, stored_value
+from pocketune_export.replay import State, hyper_parameters, one_graph, streaming
+from pocketune_export.weights import plain_name
+
+TOLERANCE = 1e-5
+"""Largest allowed difference: of a parameter, absolute; of loss and gradients, relative to the largest value if above 1."""
+
+Mode = Literal["one graph", "streaming"]
+_STEPS_BY: Mapping[Mode, Callable[..., object]] = {"one graph": one_graph, "streaming": streaming}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest differences over all steps.
+
+    Attributes:
+        mode: how the bundle was run.
+        steps: how many.
+        loss: of the loss.
+        gradients: of each parameter's gradient, by name.
+        parameters: of each parameter, by name.
+    """
+
+    mode: Mode
+    steps: int
+    loss: float
+    gradients: Mapping[str, float]
+    parameters: Mapping[str, float]
+
+    @property
+    def worst_gradient(self) -> str:
+        """The name with the largest difference."""
+        return max(self.gradients, key=self.gradients.__getitem__)
+
+    @property
+    def worst_parameter(self) -> str:
+        """The name with the largest difference."""
+        return max(self.parameters, key=self.parameters.__getitem__)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is within `TOLERANCE`."""
+        return all(worst <= TOLERANCE for worst in (self.loss, *self.gradients.values(), *self.parameters.values()))
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    model: str | Path | None = None,
+    steps: int = 20,
+    mode: Mode = "one graph",
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Verification:
+    """Train a few steps on random inputs, eagerly and with the bundle.
+
+    Args:
+        bundle: checked.
+        model: what was exported; default: the bundle's model name.
+        steps: of AdamW.
+        mode: which graphs are run.
+        seed: of the inputs.
+        on_step: called with (done, total).
+
+    Raises:
+        FileFormatError: the model is not the one that was exported.
+        ModelError: there is no such model.
+    """
+    manifest = bundle.manifest
+    folder = open_model(model or manifest.model.name)
+    if folder.fingerprint() != manifest.model.sha256:
+        msg = f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model."
+        raise FileFormatError(msg)
+    recipe = Recipe.create(**manifest.recipe)
+    skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]
+    plan = BlockPlan(manifest.model.block_count, tuple(skipped))
+    adapter, parameters = _eager_model(bundle, folder, plan, recipe)
+    names = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
+    gradients: dict[str, Tensor] = {}
+    for name in names:
+        parameters[name].register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))  # type: ignore[misc]
+    optimizer = new_optimizer(parameters, recipe)
+    run_step = one_graph(bundle) if mode == "one graph" else streaming(bundle)
+    state = State.start(torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy())
+    worst = _Worst()
+    for number in range(1, steps + 1):
+        batch = random_batch(manifest, seed=seed + number)
+        loss = train_step(adapter, parameters, plan, recipe, as_batch(manifest, batch), optimizer)
+        given = {name: tensor.numpy() for name, tensor in batch.items()} | hyper_parameters(bundle, number)
+        result = run_step(state, given)
+        state = result.state
+        worst.loss = max(worst.loss, abs(loss - result.loss) / max(1.0, abs(loss)))
+        for parameter in manifest.lora.parameters:
+            if parameter.offset is not None:
+                place = slice(parameter.offset, parameter.offset + parameter.shape[0] * parameter.shape[1])
+                expected = gradients[parameter.name].reshape(-1).numpy()
+                scale = max(1.0, float(np.abs(expected).max()))
+                worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / scale)
+                expected = parameters[parameter.name].detach().reshape(-1).numpy()
+                worst.see(worst.parameters, parameter.name, np.abs(expected - state.parameters[place]).max())
+        on_step(number, steps)
+    return Verification(mode, steps, worst.loss, worst.gradients, worst.parameters)
+
+
+def random_batch(manifest: Manifest, *, seed: int) -> dict[str, Tensor]:
+    """Random inputs of one step, by name, for every input of the training step that is not the optimizer's."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, train_timesteps = manifest.batch.rows, manifest.noise_schedule.train_timesteps
+    sigmas = torch.rand(rows, generator=generator) * 0.98 + 0.01
+    batch = {"sigmas": sigmas, "timesteps": sigmas * train_timesteps}
+    weight = float(manifest.recipe.get("prior_loss_weight", 1.0))
+    batch["loss_weights"] = torch.tensor([1.0] * manifest.batch.photos + [weight] * manifest.batch.class_images)
+    shapes = {spec.name: spec.shape for spec in _batch_specs(manifest)}
+    for name, shape in shapes.items():
+        if name not in batch:
+            batch[name] = torch.randn(shape, generator=generator)
+    return batch
+
+
+def as_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> Batch:
+    """The same inputs as PyTorch's step takes them."""
+    features = {
+        Span(span.start, span.stop, skipped=True): tuple(batch[name] for name in span.features)
+        for span in manifest.plan.spans
+        if span.features
+    }
+    return Batch(
+        prompt=Prompt(hidden=batch["prompt_hidden"], pooled=batch["prompt_pooled"]),
+        features=features,
+        **{name: batch[name] for name in ("latents", "noise", "timesteps", "sigmas", "loss_weights")},
+    )
+
+
+@dataclass
+class _Worst:
+    loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.gradients: dict[str, float] = {}
+        self.parameters: dict[str, float] = {}
+
+    @staticmethod
+    def see(of: dict[str, float], name: str, difference: float) -> None:
+        of[name] = max(of.get(name, 0.0), float(difference))
+
+
+def _batch_specs(manifest: Manifest) -> list[TensorSpec]:
+    """Inputs of the training step and of the embedding: a graph lacks what it does not need."""
+    streaming_inputs = [spec for spec in manifest.graph("embed").inputs if spec.name != "noisy"]
+    optimizer = {spec.name for spec in manifest.graph("adamw").inputs}
+    return [spec for spec in manifest.graph("train_step").inputs if spec.name not in optimizer] + streaming_inputs
+
+
+def _eager_model(
+    bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe
+) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
+    """The PyTorch model with a fresh adapter, its frozen weights rounded as the bundle stores them."""
+    adapter = folder.load_denoiser(dtype=torch.float32, device=torch.device("cpu"), blocks=plan.kept)
+    targets = bundle.manifest.lora.targets
+    parameters = add_lora(adapter, blocks=plan.kept, rank=recipe.rank, targets=targets, seed=recipe.seed)
+    storages = stored_as(bundle, "transformer.")
+    block = bundle.manifest.weights.block
+    with torch.no_grad():
+        for name, tensor in (*adapter.model.named_parameters(), *adapter.model.named_buffers()):
+            storage = storages.get(plain_name(name), "fp32")
+            if storage != "fp32":
+                tensor.copy_(torch.from_numpy(stored_value(tensor.numpy(), storage=storage, block=block)))
+    return adapter, parameters
+
+
+def stored_as(bundle: Bundle, prefix: str) -> dict[str, Storage]:
+    """How the weights of one component are stored, by name, as the graphs say."""
+    found: dict[str, Storage] = {}
+    for graph in bundle.manifest.graphs:
+        for tensor in onnx.load(bundle.path(graph.file), load_external_data=False).graph.initializer:
+            if not tensor.name.startswith(prefix):
+                continue
+            name, storage = tensor.name.removeprefix(prefix), _STORAGES.get(tensor.data_type)
+            for quantized in ("int8", "int4"):
+                if name.endswith(f".{quantized}.weight"):
+                    name, storage = name.removesuffix(f".{quantized}.weight"), quantized  # type: ignore[assignment]
+            base, _, part = name.rpartition(".part")
+            if storage is not None:
+                found[base if part.isdigit() else name] = storage
+    return found
+
+
+_STORAGES: dict[int, Storage] = {TensorProto.FLOAT16: "fp16"}
