@@ -69,6 +69,7 @@ def write_card(folder: Path, measured: dict[str, Any]) -> None:
         "",
         "```python",
         "from diffusers import StableDiffusion3Pipeline",
+        "",
         "pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)",
         'image = pipeline("a photo of a red car on grass", guidance_scale=4.0, max_sequence_length=0).images[0]',
         "```",
