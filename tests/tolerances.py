@@ -7,3 +7,8 @@ SCRIPT_GRADIENT = 1e-6
 LORA_ROUND_TRIP = 1e-5
 # bfloat16 keeps 8 bits of a residual's mantissa.
 BFLOAT16_RELATIVE = 1 / 128
+# ONNX Runtime against PyTorch over six steps: the same float32 operations in another order, text and image encoders included.
+EDGE_LOSS = 2e-5
+EDGE_PARAMETER = 1e-5
+# Sampled pixels, of 255 levels: a rounding away from the boundary of two levels.
+EDGE_IMAGE_LEVELS = 1

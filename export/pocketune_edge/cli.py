@@ -167,7 +167,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     roles: dict[str, int] = {}
     for graph in manifest.graphs:
         roles[graph.role] = roles.get(graph.role, 0) + 1
-    skipped = [f"{span.start}-{span.stop - 1}" for span in manifest.plan.spans if span.skipped]
+    spans = [(span.start, span.stop - 1) for span in manifest.plan.spans if span.skipped]
+    skipped = [f"{first}-{last}" if last > first else f"{first}" for first, last in spans]
     return {
         "bundle": str(bundle.path),
         "schema_version": manifest.schema_version,

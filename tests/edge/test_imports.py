@@ -1,8 +1,11 @@
 """The edge runtime runs where torch and its kind do not exist."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 from tests.edge.handmade import make_bundle
 
@@ -46,6 +49,27 @@ others = {{
 assert not others, others
 sys.exit(code)
 """
+
+
+def test_personalizes_and_samples_without_torch(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    common = ("--threads", "1", "--quiet", "--json")
+    given = ("--instance-prompt", "a photo of sks cat", "--steps", "2", "--streaming")
+    done = run("personalize", str(skipping_bundle), str(toy_photos), "--out", str(tmp_path / "run"), *given, *common)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["steps"] == 2 and Path(result["lora"]).is_file() and result["peaks"]["training"]["rss_bytes"] > 0
+    record = json.loads(Path(result["record"]).read_text())
+    assert record["recipe"]["instance_prompt"] == "a photo of sks cat"
+    assert done.stderr == ""
+
+    image = tmp_path / "image.png"
+    sampled = ("--lora", result["run"], "--prompt", "a photo of sks cat", "--steps", "2", "--out", str(image))
+    done = run("sample", str(skipping_bundle), *sampled, *common)
+    assert done.returncode == 0, done.stderr
+    base = tmp_path / "base.png"
+    assert run("sample", str(skipping_bundle), *sampled[2:-1], str(base), *common).returncode == 0
+    with Image.open(image) as first, Image.open(base) as second:
+        assert first.size == (64, 64) and first.tobytes() != second.tobytes()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

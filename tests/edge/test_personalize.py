@@ -1,0 +1,218 @@
+"""Real bundles of the tiny model: the edge runtime trains and samples as PyTorch does, and a run may change sides."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from pocketune import Progress
+from pocketune import personalize as personalize_with_torch
+from pocketune.errors import Interrupted, PhotoError, PlanError, PocketuneError, RunError
+from pocketune_edge.bundle import open_bundle
+from pocketune_edge.delta import load_lora
+from pocketune_edge.denoiser import Denoiser
+from pocketune_edge.errors import BundleError, SettingError
+from pocketune_edge.job import personalize
+from pocketune_edge.sample import decode, denoise, to_image
+from pocketune_edge.session import Sessions
+from pocketune_edge.text import encode_prompts
+from tests.edge.conftest import edge_recipe, recipe_of
+from tests.tolerances import EDGE_IMAGE_LEVELS, EDGE_LOSS, EDGE_PARAMETER
+
+LORA = Path("lora") / "pytorch_lora_weights.safetensors"
+
+
+def stop_at(step: int) -> Any:
+    def watch(event: Progress) -> None:
+        if event.phase == "training" and event.done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return watch
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    ours, theirs = load_file(first / LORA), load_file(second / LORA)
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def torch_run(tiny_folder: Path, toy_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("runs") / "torch"
+    return out, personalize_with_torch(toy_photos, model=tiny_folder, recipe=edge_recipe(skip="0-1,3,5"), out=out)
+
+
+@pytest.fixture(scope="module")
+def edge_run(skipping_bundle: Path, toy_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("runs") / "edge"
+    return out, personalize(skipping_bundle, toy_photos, out=out, threads=1)
+
+
+def test_trains_as_pytorch_does(torch_run: tuple[Path, Any], edge_run: tuple[Path, Any]) -> None:
+    """The whole way: own text embeddings, latents, residual features and six AdamW steps."""
+    (torch_out, torch_record), (edge_out, edge_record) = torch_run, edge_run
+    assert recipe_of(edge_record) == torch_record.recipe
+    assert list(edge_record["losses"]) == pytest.approx(list(torch_record.losses), rel=EDGE_LOSS)
+    assert largest_difference(edge_out, torch_out) < EDGE_PARAMETER
+    moved = load_file(edge_out / LORA)
+    assert max(float(np.abs(value).max()) for name, value in moved.items() if "lora_B" in name) > 100 * EDGE_PARAMETER
+
+
+def test_streaming_trains_as_one_graph_does(
+    skipping_bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path
+) -> None:
+    record = personalize(skipping_bundle, toy_photos, out=tmp_path / "run", streaming=True, threads=1)
+    assert list(record["losses"]) == pytest.approx(list(edge_run[1]["losses"]), rel=EDGE_LOSS)
+    assert largest_difference(tmp_path / "run", edge_run[0]) < EDGE_PARAMETER
+
+
+def test_stock_diffusers_loads_the_result(tiny_folder: Path, edge_run: tuple[Path, Any]) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline.load_lora_weights(edge_run[0] / "lora")
+    loaded = {name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(load_file(edge_run[0] / LORA)) > 0
+
+
+def test_samples_as_diffusers_does(tiny_folder: Path, skipping_bundle: Path, edge_run: tuple[Path, Any]) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_folder, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(edge_run[0] / "lora")
+    prompts = ["a photo of sks toy", "a red ball on grass"]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = pipeline(prompts, latents=noise, num_inference_steps=3, guidance_scale=5.0, height=64, width=64,
+                        max_sequence_length=0).images  # fmt: skip
+    bundle = open_bundle(skipping_bundle)
+    sessions = Sessions(bundle, keep=False, threads=1)
+    encoded = encode_prompts(sessions, [*prompts, ""])
+    latents = denoise(
+        Denoiser(sessions),
+        [noise[number : number + 1].numpy() for number in range(2)],
+        [encoded[prompt] for prompt in prompts],
+        encoded[""],
+        steps=3,
+        guidance=5.0,
+        parameters=load_lora(bundle, edge_run[0]).flat,
+        on_step=lambda _: None,
+    )
+    for pixels, image in zip(decode(sessions, latents), expected, strict=True):
+        difference = np.abs(np.asarray(to_image(pixels), np.int16) - np.asarray(image, np.int16))
+        assert difference.max() <= EDGE_IMAGE_LEVELS
+
+
+@pytest.mark.parametrize("first", ["torch", pytest.param("edge", marks=pytest.mark.slow)])
+def test_a_run_changes_sides(
+    first: str, tiny_folder: Path, skipping_bundle: Path, toy_photos: Path, torch_run: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Started on one side, stopped at step 3 and gone on with on the other, it ends where an unbroken run ends."""
+    out = tmp_path / "run"
+
+    def on_torch(**more: Any) -> Any:
+        recipe = edge_recipe(skip="0-1,3,5")
+        return personalize_with_torch(toy_photos, model=tiny_folder, recipe=recipe, out=out, **more)
+
+    def on_edge(**more: Any) -> Any:
+        return personalize(skipping_bundle, toy_photos, out=out, threads=1, **more)
+
+    begin, end = (on_torch, on_edge) if first == "torch" else (on_edge, on_torch)
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        begin(on_progress=stop_at(3))
+    end(resume=True)
+    assert largest_difference(out, torch_run[0]) < EDGE_PARAMETER
+
+
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
+    skipping_bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match="step 4 of 6"):
+        personalize(skipping_bundle, toy_photos, out=out, threads=1, on_progress=stop_at(4))
+    with pytest.raises(RunError, match="exists already"):
+        personalize(skipping_bundle, toy_photos, out=out, threads=1)
+    with pytest.raises(RunError, match="another recipe, model or photos"):
+        personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True, changes={"seed": 1})
+    record = personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True)
+    assert (out / LORA).read_bytes() == (edge_run[0] / LORA).read_bytes()
+    assert record["losses"] == edge_run[1]["losses"]
+
+
+@pytest.mark.slow
+def test_features_stopped_and_resumed(
+    skipping_bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path
+) -> None:
+    def stop(event: Progress) -> None:
+        if event.phase == "features" and event.done == event.total > 0:
+            signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match="computing features"):
+        personalize(skipping_bundle, toy_photos, out=out, threads=1, on_progress=stop)
+    personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True)
+    assert (out / LORA).read_bytes() == (edge_run[0] / LORA).read_bytes()
+
+
+@pytest.mark.slow
+def test_class_images_and_larger_batches(tiny_folder: Path, whole_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    """From an archive: two photos and two class images a step; five of each run in turns through the same graphs."""
+    out = tmp_path / "edge"
+    record = personalize(whole_bundle, toy_photos, out=out, threads=1, changes={"steps": 2})
+    shutil.copytree(out / "class_images", tmp_path / "torch" / "class_images")
+    (tmp_path / "torch" / "job.json").write_text((out / "job.json").read_text())
+    expected = personalize_with_torch(
+        toy_photos, model=tiny_folder, recipe=recipe_of(record), out=tmp_path / "torch", resume=True
+    )
+    assert list(record["losses"]) == pytest.approx(list(expected.losses), rel=EDGE_LOSS)
+    assert largest_difference(out, tmp_path / "torch") < EDGE_PARAMETER
+
+    runs = {}
+    for streaming in (False, True):
+        out = tmp_path / f"larger-{streaming}"
+        shutil.copytree(tmp_path / "edge" / "class_images", out / "class_images")
+        changes = {"steps": 2, "batch_size": 5}
+        (out / "job.json").write_text(json.dumps({"fingerprint": _fingerprint(whole_bundle, changes, toy_photos)}))
+        runs[streaming] = personalize(
+            whole_bundle, toy_photos, out=out, threads=1, changes=changes, streaming=streaming, resume=True
+        )
+    recipe = recipe_of(runs[False])
+    assert recipe.batch_size == 5
+    shutil.copytree(tmp_path / "edge" / "class_images", tmp_path / "larger" / "class_images")
+    (tmp_path / "larger" / "job.json").write_text((tmp_path / "larger-False" / "job.json").read_text())
+    expected = personalize_with_torch(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "larger", resume=True)
+    for streaming, found in runs.items():
+        assert list(found["losses"]) == pytest.approx(list(expected.losses), rel=EDGE_LOSS)
+        assert largest_difference(tmp_path / f"larger-{streaming}", tmp_path / "larger") < EDGE_PARAMETER
+
+
+def _fingerprint(bundle: Path, changes: dict[str, Any], photos: Path) -> str:
+    from pocketune.photos import load_photos
+    from pocketune_edge.settings import fingerprint, settings_of
+
+    manifest = open_bundle(bundle).manifest
+    return fingerprint(manifest, settings_of(manifest, changes)[1], [photo.sha256 for photo in load_photos(photos)])
+
+
+def test_bad_input_leaves_nothing_behind(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    cases: list[tuple[type[PocketuneError], Path, Path, dict[str, Any]]] = [
+        (BundleError, tmp_path / "empty", toy_photos, {}),
+        (BundleError, tmp_path / "nowhere", toy_photos, {}),
+        (PhotoError, skipping_bundle, tmp_path / "empty", {}),
+        (SettingError, skipping_bundle, toy_photos, {"steps": 0}),
+        (SettingError, skipping_bundle, toy_photos, {"learning_rate": float("nan")}),
+        (SettingError, skipping_bundle, toy_photos, {"rank": 8}),
+        (PlanError, skipping_bundle, toy_photos, {"steps": 5000, "cache_limit_mb": 1}),
+    ]
+    for error, bundle, photos, changes in cases:
+        with pytest.raises(error):
+            personalize(bundle, photos, out=out, threads=1, changes=changes)
+        assert not out.exists(), (error, bundle, photos, changes)
