@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {_printable(str(error))}", sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        _say("interrupted: give the same command to start again.", sys.stderr)
+        resumable = hasattr(given, "resume") and given.out.exists()
+        _say(f"interrupted: give the same command {'with --resume to go on' if resumable else 'to start again'}.", sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

@@ -200,6 +200,13 @@ def _fingerprint(bundle: Path, changes: dict[str, Any], photos: Path) -> str:
     return fingerprint(manifest, settings_of(manifest, changes)[1], [photo.sha256 for photo in load_photos(photos)])
 
 
+def test_a_loss_that_explodes_is_said(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    changes = {"learning_rate": 1e30, "cache_limit_mb": 100}
+    with pytest.raises(RunError, match=r"the loss became (nan|inf) at step"):
+        personalize(skipping_bundle, toy_photos, out=tmp_path / "run", threads=1, changes=changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_leaves_nothing_behind(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (tmp_path / "empty").mkdir()
