@@ -9,13 +9,18 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -158,4 +163,61 @@ def _sana() -> SanaPipeline:
     )
 
 
-BUILDERS: dict[str, Callable[[], Any]] = {"flux": _flux, "pixart": _pixart, "sana": _sana}
+def _sd15(prediction: str = "epsilon") -> StableDiffusionPipeline:
+    """Two stages of two layers, so eleven blocks, the middle being block 4."""
+    clip = new_tokenizer()
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=64,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, prediction_type=prediction),
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(new_text_encoder(clip).config),
+        tokenizer=clip,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl() -> StableDiffusionXLPipeline:
+    """Two stages, the second with two transformer layers a block; conditioned on pooled text and sizes."""
+    clip = new_tokenizer()
+    return StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+            cross_attention_dim=128,
+            attention_head_dim=(2, 4),
+            norm_num_groups=4,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=64 + 6 * 8,
+        ),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(new_text_encoder(clip).config),
+        tokenizer=clip,
+        text_encoder_2=new_text_encoder(clip),
+        tokenizer_2=clip,
+    )
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "flux": _flux,
+    "pixart": _pixart,
+    "sana": _sana,
+    "sd15": _sd15,
+    "sd2": lambda: _sd15("v_prediction"),
+    "sdxl": _sdxl,
+}

@@ -21,7 +21,6 @@ from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
 from pocketune.phases import Phases, photo_hashes
 from pocketune.photos import Photo, load_photos
-from pocketune.plan.blocks import parse_plan
 from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
@@ -73,7 +72,7 @@ def personalize(
         with job.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         job.check_resolution()
-        plan = parse_plan(recipe.skip, job.folder.block_count)
+        plan = job.plan_blocks()
         fingerprint = cache_key(
             {"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(pictures)}
         )

@@ -19,19 +19,20 @@ from pocketune.checkpoint import CheckpointFolder
 from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
 from pocketune.errors import Interrupted, NoEffectError, PlanError
 from pocketune.features.cache import FeatureCache, cache_key
-from pocketune.features.precompute import cache_bytes, check_bound, precompute
+from pocketune.features.precompute import cache_bytes, check_bound, image_cache_bytes, precompute
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.photos import Photo
-from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
 from pocketune.sample import run_pipeline
 from pocketune.sampling.batches import BatchMaker, encode_crops
 from pocketune.sampling.draws import Draw, Kind, draw_samples
+from pocketune.step import check_plan, plan_around
 from pocketune.train import train
 
 SAMPLE_SEED = 1000
@@ -89,6 +90,15 @@ class Phases:
             )
             raise PlanError(msg)
 
+    def plan_blocks(self) -> BlockPlan:
+        """Which blocks are skipped; refuses what makes no sense for the architecture."""
+        if self.folder.family.component != "unet":
+            return parse_plan(self.recipe.skip, self.folder.block_count)
+        adapter = self.folder.empty_denoiser()
+        plan = parse_plan(self.recipe.skip, adapter.block_count, auto=plan_around(adapter, adapter.block_count // 2))
+        check_plan(adapter, plan, use_residuals=self.recipe.use_residuals)
+        return plan
+
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""
         wanted: dict[Kind, str] = {"instance": self.recipe.instance_prompt}
@@ -144,6 +154,7 @@ class Phases:
             prior_loss_weight=self.recipe.prior_loss_weight,
             device=self.device,
             dtype=self.dtype,
+            with_sizes=self.folder.family.takes_sizes,
         )
         return draws, class_draws, make_batch
 
@@ -161,14 +172,19 @@ class Phases:
             return None
         cache_dtype: torch.dtype = getattr(torch, self.recipe.cache_dtype)
         distinct = {(draw.kind, draw.index) for draws in batches for draw in draws}
-        needed = cache_bytes(
-            plan,
-            draws=len(distinct),
-            image_tokens=(self.resolution // self.folder.resolution_unit) ** 2,
-            text_tokens=prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0,
-            width=self.folder.width,
-            dtype=cache_dtype,
-        )
+        if self.folder.family.component == "unet":
+            needed = len(distinct) * image_cache_bytes(
+                self.folder.empty_denoiser(), plan, side=self.resolution // self.folder.vae_scale, dtype=cache_dtype
+            )
+        else:
+            needed = cache_bytes(
+                plan,
+                draws=len(distinct),
+                image_tokens=(self.resolution // self.folder.resolution_unit) ** 2,
+                text_tokens=prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0,
+                width=self.folder.width,
+                dtype=cache_dtype,
+            )
         check_bound(needed, limit_mb=self.recipe.cache_limit_mb, draws=len(distinct))
         key = cache_key(
             {

@@ -10,12 +10,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pocketune import Recipe, generate, personalize
-from pocketune.errors import RecipeError
+from pocketune.errors import PlanError, RecipeError
 from pocketune.models.load import ModelFolder
 from tests.tiny_models import BUILDERS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
-SKIPS = {"flux": "0-1,3"}
+SKIPS = {"sd15": "2-6", "sd2": "auto", "sdxl": "3-5"}
 STOCK_LOADERS = [name for name in BUILDERS if name != "pixart"]
 
 
@@ -45,7 +45,9 @@ def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: P
     assert record.recipe.weighting_scheme == "none"
 
     stored = load_file(tmp_path / "run" / LORA)
-    skipped = [f".{model.empty_denoiser().block_name(index)}." for index in (0, 1, 3)]
+    trained = record.plan["trained_blocks"]
+    assert 0 < len(trained) < model.block_count
+    skipped = [f".{model.empty_denoiser().block_name(index)}." for index in set(range(model.block_count)) - set(trained)]
     assert not any(block in f".{key}" for key in stored for block in skipped)
     assert generate(model.path, ["a toy"], steps=2, resolution=64, lora=tmp_path / "run")[0].size == (64, 64)
 
@@ -82,4 +84,20 @@ def test_loss_that_does_not_fit_the_architecture_is_refused(
     ):
         with pytest.raises(RecipeError, match=reason):
             personalize(toy_photos, model=tiny_pipelines("pixart").path, recipe=quick_recipe(**changes), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unet_refuses_plans_that_make_no_sense(
+    tiny_pipelines: Callable[[str], ModelFolder], toy_photos: Path, tmp_path: Path
+) -> None:
+    model = tiny_pipelines("sd15")
+    for changes, reason in (
+        ({"skip": "0-1"}, "skip connections to each other"),
+        ({"skip": "2-3"}, "around the middle block 4"),
+        ({"skip": "4,6"}, "such as 2-6"),
+        ({"skip": "2-4"}, "block 5 takes"),
+        ({"skip": "2-6", "use_residuals": False}, "nothing would enter the decoder"),
+    ):
+        with pytest.raises(PlanError, match=reason):
+            personalize(toy_photos, model=model.path, recipe=quick_recipe(**changes), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

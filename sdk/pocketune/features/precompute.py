@@ -8,17 +8,45 @@ import torch
 
 from pocketune.errors import PlanError
 from pocketune.features.cache import FeatureCache
-from pocketune.models.base import DenoiserAdapter
+from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
-from pocketune.step import span_features
+from pocketune.step import Batch, span_features
 
 
 def cache_bytes(plan: BlockPlan, *, draws: int, image_tokens: int, text_tokens: int, width: int, dtype: torch.dtype) -> int:
     """Bytes of the features of all draws: both streams of each skipped span, the image alone where the text stream ends."""
     tokens = sum(image_tokens + (0 if span.stop == plan.block_count else text_tokens) for span in plan.skipped_spans)
     return draws * tokens * width * dtype.itemsize
+
+
+def image_cache_bytes(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, dtype: torch.dtype) -> int:
+    """Bytes of one draw's features in a U-Net: the image that leaves the skipped middle, found by a run without numbers.
+
+    Args:
+        adapter: with its model on the meta device.
+        plan: what is skipped.
+        side: of the latents.
+        dtype: of the cache.
+    """
+    config = adapter.model.config
+    latents = _shape(1, config.in_channels, side, side)
+    pooled = config.projection_class_embeddings_input_dim or 0
+    prompt = Prompt(
+        hidden=_shape(1, 77, config.cross_attention_dim),
+        pooled=_shape(1, pooled - 6 * config.addition_time_embed_dim) if pooled else None,
+        sizes=_shape(1, 6) if pooled else None,
+    )
+    one = _shape(1)
+    batch = Batch(latents=latents, noise=latents, timesteps=one, sigmas=one, prompt=prompt, loss_weights=one)
+    adapter.model.to("meta")
+    features = span_features(adapter, plan, batch)
+    return sum(stream.numel() for streams in features.values() for stream in streams) * dtype.itemsize
+
+
+def _shape(*sides: int) -> torch.Tensor:
+    return torch.empty(sides, device="meta")
 
 
 def check_bound(needed_bytes: int, *, limit_mb: int, draws: int) -> None:

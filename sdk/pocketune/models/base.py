@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,11 +21,13 @@ class Prompt:
         hidden: (batch, tokens, width).
         pooled: (batch, width).
         mask: (batch, tokens), 1 where a token counts and 0 where it is padding.
+        sizes: (batch, 6), SDXL's height and width of the photo, top and left of the crop, height and width of the result.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,18 @@ class DenoiserAdapter(Protocol):
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Turn the image stream into the model's output, (batch, channels, height, width)."""
+
+
+@runtime_checkable
+class SkipConnected(Protocol):
+    """What an adapter of a U-Net has besides: its first stream is the image, the others are skip connections."""
+
+    @property
+    def middle(self) -> int:
+        """Index of the block between encoder and decoder."""
+
+    def stream_count(self, index: int) -> int:
+        """How many streams enter a block; for the number behind the last block, those that enter the head."""
 
 
 class RemovedBlock(nn.Module):

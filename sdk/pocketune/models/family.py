@@ -71,7 +71,10 @@ class Family:
         recipe_defaults: recipe fields whose default in the architecture's script is not the recipe's own.
         vae: the autoencoder's class.
         component: folder and attribute of the denoiser in the pipeline.
+        variant: the `addition_embed_type` of the configuration, where models of one class differ in it.
         optional: parts that may be missing from the folder.
+        left_out: parts that neither training nor sampling loads.
+        takes_sizes: whether the denoiser takes the sizes of image and crop as inputs.
         noise: class of the noise schedule that trains.
     """
 
@@ -87,13 +90,21 @@ class Family:
     recipe_defaults: Mapping[str, Any] = field(default_factory=dict)
     vae: Any = AutoencoderKL
     component: str = "transformer"
+    variant: str = ""
     optional: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    takes_sizes: bool = False
     noise: Any = FlowMatchEulerDiscreteScheduler
 
     @property
     def kind(self) -> str:
         """The denoiser's class name, by which model folders name it."""
         return str(self.denoiser.__name__)
+
+    @property
+    def key(self) -> str:
+        """Of the registry."""
+        return family_key(self.kind, {"addition_embed_type": self.variant})
 
     @property
     def flow_matching(self) -> bool:
@@ -123,6 +134,12 @@ class Family:
             )
             raise RecipeError(msg)
         return completed
+
+
+def family_key(kind: str, config: Config) -> str:
+    """The registry's name for a denoiser class with a configuration."""
+    variant = config.get("addition_embed_type")
+    return f"{kind}/{variant}" if variant else kind
 
 
 def fixed_length(tokens: int) -> Callable[[Parts], int]:

@@ -19,10 +19,10 @@ from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.family import Family
 from pocketune.models.quiet import quiet_libraries
-from pocketune.models.registry import family_named
+from pocketune.models.registry import check_kind, family_named
 
 BUILT_IN = ("pocket-sd3",)
-PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024")
+PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024", "sd15", "sdxl")
 
 
 class ModelFolder:
@@ -38,10 +38,11 @@ class ModelFolder:
         self.path = path
         self.source = name if name in BUILT_IN or "/" in name else str(path.resolve())
         self.index = _read_json(path / "model_index.json", f"{path} is not a diffusers model folder")
-        kind = (self.index.get("transformer") or self.index.get("unet") or [None, "none"])[1]
-        self.family = family_named(str(kind), name=name)
-        self.denoiser_kind = self.family.kind
-        self.denoiser_config = self.config(self.family.component)
+        component = "transformer" if self.has("transformer") else "unet"
+        self.denoiser_kind = str((self.index.get(component) or [None, "none"])[1])
+        check_kind(self.denoiser_kind, name=name)
+        self.denoiser_config = self.config(component)
+        self.family = family_named(self.denoiser_kind, self.denoiser_config, name=name)
         self.vae_config = self.config("vae")
         self.sizes = self.family.sizes(self.denoiser_config)
 
@@ -193,7 +194,7 @@ class ModelFolder:
 
     def _absent_parts(self) -> dict[str, None]:
         # diffusers 0.42 does not accept an absent part from the index; it must be said again.
-        return {part: None for part in self.family.optional if not self.has(part)}
+        return {part: None for part in self.family.optional if not self.has(part)} | dict.fromkeys(self.family.left_out)
 
 
 def open_model(model: str | Path) -> ModelFolder:
@@ -242,7 +243,7 @@ def published(name: str) -> DenoiserAdapter:
         msg = f"no published configuration {name}; there are {', '.join(PUBLISHED)}."
         raise ModelError(msg)
     config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
-    return empty_denoiser(config, family_named(config["_class_name"], name=name))
+    return empty_denoiser(config, family_named(config["_class_name"], config, name=name))
 
 
 @contextmanager

@@ -69,8 +69,13 @@ class BlockPlan:
         return ",".join(_range_text(span) for span in self.skipped_spans) or "none"
 
 
-def parse_plan(text: str, block_count: int) -> BlockPlan:
+def parse_plan(text: str, block_count: int, *, auto: BlockPlan | None = None) -> BlockPlan:
     """Read "none", "auto" or ranges such as "0-3,8-11" (both ends inclusive).
+
+    Args:
+        text: as a person types it.
+        block_count: of the model.
+        auto: what "auto" is; default: `half_split`.
 
     Raises:
         PlanError: the text is none of these, or names blocks that the model does not have.
@@ -78,7 +83,7 @@ def parse_plan(text: str, block_count: int) -> BlockPlan:
     if text == "none":
         return BlockPlan(block_count)
     if text == "auto":
-        return half_split(block_count)
+        return auto or half_split(block_count)
     skipped: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)

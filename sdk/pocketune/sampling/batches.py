@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -23,11 +23,13 @@ CropKey = tuple[Kind, int, Crop]
 class Posterior:
     """The VAE's latent distribution of one crop, scaled and shifted. mean, std: (1, channels, height, width).
 
+    sizes: (1, 6), of photo, crop and result as SDXL takes them.
     An autoencoder without a distribution has a deviation of zero.
     """
 
     mean: Tensor
     std: Tensor
+    sizes: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def encode_crops(
         else:
             mean = (encoded.latent - shift) * scale
             std = torch.zeros_like(mean)
-        posteriors[kind, image, crop] = Posterior(mean.cpu(), std.cpu())
+        posteriors[kind, image, crop] = Posterior(mean.cpu(), std.cpu(), _sizes(images[kind][image], crop, resolution))
         on_crop(done + 1, len(wanted))
     return posteriors
 
@@ -109,8 +111,20 @@ class BatchMaker:
         prior_loss_weight: float,
         device: torch.device,
         dtype: torch.dtype,
+        with_sizes: bool = False,
     ) -> None:
-        """Keep what draws refer to. `prompts` holds the encoded prompt of each kind."""
+        """Keep what draws refer to.
+
+        Args:
+            posteriors: latents of every crop.
+            prompts: the encoded prompt of each kind.
+            scheduler: the noise schedule.
+            prior_loss_weight: of class images.
+            device: where batches go.
+            dtype: of their floating-point tensors.
+            with_sizes: whether the denoiser takes the sizes of photo and crop.
+        """
+        self._with_sizes = with_sizes
         self._posteriors = posteriors
         self._prompts = prompts
         self._schedule = NoiseSchedule.of(scheduler)
@@ -131,7 +145,7 @@ class BatchMaker:
             sigmas=self._to_device(schedule.sigmas[indices]),
             alphas=None if schedule.alphas is None else self._to_device(schedule.alphas[indices]),
             objective=schedule.objective,
-            prompt=self._batched([self._prompts[kind] for kind in kinds]),
+            prompt=self._prompt(draws),
             loss_weights=torch.tensor([self._weights[kind] / kinds.count(kind) for kind in kinds], device=self.device),
             features=features or {},
         )
@@ -141,9 +155,23 @@ class BatchMaker:
         noise, posterior_noise = (torch.from_numpy(values) for values in noise_for(draw, tuple(posterior.mean.shape)))
         return posterior.mean + posterior.std * posterior_noise, noise
 
-    def _batched(self, prompts: Sequence[Prompt]) -> Prompt:
+    def _prompt(self, draws: Sequence[Draw]) -> Prompt:
+        prompts = [self._prompts[draw.kind] for draw in draws]
+        if self._with_sizes:
+            crops = [self._posteriors[draw.kind, draw.image, draw.crop] for draw in draws]
+            prompts = [replace(prompt, sizes=crop.sizes) for prompt, crop in zip(prompts, crops, strict=True)]
         parts = {field.name: [getattr(prompt, field.name) for prompt in prompts] for field in fields(Prompt)}
         return Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _sizes(image: Image.Image, crop: Crop, resolution: int) -> Tensor:
+    """(1, 6): height and width of the photo; top and left of the crop in the resized photo; height and width of the result.
+
+    Paper: Podell et al. 2023 (SDXL), section 2.2.
+    """
+    scale = resolution / crop.side
+    values = (image.height, image.width, round(crop.top * scale), round(crop.left * scale), resolution, resolution)
+    return torch.tensor([values], dtype=torch.float32)

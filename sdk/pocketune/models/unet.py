@@ -1,0 +1,283 @@
+"""Adapter of the U-Nets of Stable Diffusion 1, 2 and XL (`UNet2DConditionModel`), with their skip connections as streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+
+from pocketune.errors import ModelError, PlanError
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.family import Config, Family, Sizes, fixed_length
+
+_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
+_UP = ("UpBlock2D", "CrossAttnUpBlock2D")
+_MID = "UNetMidBlock2DCrossAttn"
+_ATTENTION_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A block of the list: one residual layer with its attention, and what ends its stage; or the middle.
+
+    Attributes:
+        name: of the stage, as "down_blocks.1" or "mid_block".
+        number: of the layer in its stage.
+        resample: attribute of the stage with the down- or upsampler that follows the layer, if one does.
+    """
+
+    name: str
+    number: int
+    resample: str | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it lies before the middle."""
+        return self.name.startswith("down")
+
+    @property
+    def is_middle(self) -> bool:
+        """Whether it is the middle block."""
+        return self.name.startswith("mid")
+
+
+class UNetAdapter:
+    """`UNet2DConditionModel` as its layers: those of the encoder, the middle block, those of the decoder.
+
+    The first stream is the image, (batch, channels, rows, columns). Behind it come the skip connections in the order in which
+    the encoder has made them; a decoder layer takes the last one away. A skipped span in the middle is replaced by the
+    activation that leaves it, as in Hollowed Net; the skip connections around it are those of the layers that train.
+    """
+
+    stream_names: tuple[str, ...] = ("image",)
+
+    def __init__(self, model: Any) -> None:
+        """Wrap a model; it is neither copied nor changed.
+
+        Raises:
+            ModelError: it takes other inputs, or has other kinds of layers.
+        """
+        _check(model.config)
+        self.model = model
+        self._layers = _layers(model.config)
+        depth = max((len(module) for name, module in model.named_modules() if name.endswith("transformer_blocks")), default=0)
+        # The targets of diffusers' train_dreambooth_lora.py and train_dreambooth_lora_sdxl.py.
+        self.default_lora_targets: tuple[str, ...] = tuple(
+            f"transformer_blocks.{number}.{attention}.{target}"
+            for number in range(depth)
+            for attention in ("attn1", "attn2")
+            for target in _ATTENTION_TARGETS
+        )
+        counts = [2]  # the image, and the skip connection of the first convolution
+        for layer in self._layers:
+            change = 0 if layer.is_middle else (1 + (layer.resample is not None)) if layer.is_down else -1
+            counts.append(counts[-1] + change)
+        self._stream_counts = tuple(counts)
+
+    @property
+    def block_count(self) -> int:
+        """Number of layers, the middle being one."""
+        return len(self._layers)
+
+    @property
+    def middle(self) -> int:
+        """Index of the middle block."""
+        return next(index for index, layer in enumerate(self._layers) if layer.is_middle)
+
+    @property
+    def patch_size(self) -> int:
+        """Latent pixels along the side of a pixel in the middle block."""
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    def stream_count(self, index: int) -> int:
+        """How many streams enter a block; for the number behind the last block, those that enter the head."""
+        return self._stream_counts[index]
+
+    def block_name(self, index: int) -> str:
+        """The prefix of the layer's attention in the state dict, or of its residual layer where it has none."""
+        layer = self._layers[index]
+        number = 0 if layer.is_middle else layer.number
+        has_attention = hasattr(self.model.get_submodule(layer.name), "attentions")
+        return f"{layer.name}.{'attentions' if has_attention else 'resnets'}.{number}"
+
+    def remove_block(self, index: int) -> None:
+        """Replace a layer's modules by placeholders without weights."""
+        layer = self._layers[index]
+        if layer.is_middle:
+            # Placeholders inside, so that the block keeps its names.
+            lists = [(name, range(len(getattr(self.model.mid_block, name)))) for name in ("resnets", "attentions")]
+        else:
+            lists = [(name, range(layer.number, layer.number + 1)) for name in ("resnets", "attentions")]
+        stage = self.model.get_submodule(layer.name)
+        for name, numbers in lists:
+            for number in numbers if hasattr(stage, name) else ():
+                getattr(stage, name)[number] = RemovedBlock()
+        if layer.resample:
+            getattr(stage, layer.resample)[0] = RemovedBlock()
+
+    def context(self, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> Context:
+        """Embed the timestep, and for SDXL pooled text and sizes.
+
+        Raises:
+            PlanError: the latents' sides cannot be halved as often as the encoder does.
+        """
+        height, width = latents.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            msg = f"latents of {height} x {width} do not fit this U-Net: expected multiples of {self.patch_size}."
+            raise PlanError(msg)
+        embedding = self.model.time_embedding(self.model.get_time_embed(sample=latents, timestep=timesteps), None)
+        further = self.model.get_aug_embed(
+            emb=embedding,
+            encoder_hidden_states=prompt.hidden,
+            added_cond_kwargs={"text_embeds": prompt.pooled, "time_ids": prompt.sizes},
+        )
+        embedding = embedding if further is None else embedding + further
+        return Context(embedding, height, width, text=prompt.hidden)
+
+    def embed(self, latents: Tensor, prompt: Prompt) -> Streams:  # noqa: ARG002 - text is no stream here
+        """The first convolution, whose output is the first skip connection too."""
+        image: Tensor = self.model.conv_in(latents)
+        return image, image
+
+    def block(self, index: int, streams: Streams, context: Context) -> Streams:
+        """Run one layer."""
+        layer = self._layers[index]
+        stage = self.model.get_submodule(layer.name)
+        if layer.is_middle:
+            return self._middle(stage, streams[0], context), *streams[1:]
+        if layer.is_down:
+            image = self._layer(stage, layer.number, streams[0], context)
+            if layer.resample is None:
+                return image, *streams[1:], image
+            smaller = stage.downsamplers[0](image)
+            return smaller, *streams[1:], image, smaller
+        image = self._layer(stage, layer.number, torch.cat((streams[0], streams[-1]), dim=1), context)
+        return image if layer.resample is None else stage.upsamplers[0](image, None), *streams[1:-1]
+
+    def head(self, streams: Streams, context: Context) -> Tensor:  # noqa: ARG002 - it needs no timestep
+        """Final norm and convolution."""
+        output: Tensor = self.model.conv_out(self.model.conv_act(self.model.conv_norm_out(streams[0])))
+        return output
+
+    def _middle(self, stage: nn.Module, image: Tensor, context: Context) -> Tensor:
+        output: Tensor = stage(image, context.embedding, encoder_hidden_states=context.text)
+        return output
+
+    def _layer(self, stage: Any, number: int, image: Tensor, context: Context) -> Tensor:
+        image = stage.resnets[number](image, context.embedding)
+        if hasattr(stage, "attentions"):
+            image = stage.attentions[number](image, encoder_hidden_states=context.text, return_dict=False)[0]
+        return image
+
+
+def _check(config: Config) -> None:
+    """Refuse U-Nets that this adapter would run wrongly."""
+    strange = [
+        name
+        for name, usual in {
+            "class_embed_type": (None,),
+            "num_class_embeds": (None,),
+            "encoder_hid_dim_type": (None,),
+            "time_cond_proj_dim": (None,),
+            "time_embedding_act_fn": (None,),
+            "addition_embed_type": (None, "text_time"),
+            "center_input_sample": (None, False),
+            "mid_block_type": (_MID,),
+            "in_channels": (config["out_channels"],),
+        }.items()
+        if config.get(name) not in usual
+    ]
+    if set(config["down_block_types"]) - set(_DOWN) or set(config["up_block_types"]) - set(_UP):
+        strange.append("down_block_types or up_block_types")
+    if strange:
+        msg = (
+            f"this U-Net's {', '.join(strange)} is not that of a text-to-image Stable Diffusion 1, 2 or XL (inpainting, "
+            "distilled and pruned models differ there), and there is no adapter for it. Use the model it was made from."
+        )
+        raise ModelError(msg)
+
+
+def _layers(config: Config) -> tuple[Layer, ...]:
+    stages = len(config["block_out_channels"])
+    given = config["layers_per_block"]
+    per_stage = [given] * stages if isinstance(given, int) else list(given)
+    down = [
+        Layer(f"down_blocks.{stage}", number, "downsamplers" if stage < stages - 1 and number == count - 1 else None)
+        for stage, count in enumerate(per_stage)
+        for number in range(count)
+    ]
+    up = [
+        Layer(f"up_blocks.{stage}", number, "upsamplers" if stage < stages - 1 and number == count else None)
+        for stage, count in enumerate(reversed(per_stage))
+        for number in range(count + 1)
+    ]
+    return *down, Layer("mid_block", 0), *up
+
+
+def _sizes(config: Config) -> Sizes:
+    return Sizes(
+        blocks=len(_layers(config)),
+        width=int(config["block_out_channels"][-1]),
+        patch=int(2 ** (len(config["block_out_channels"]) - 1)),
+        native=int(config["sample_size"]),
+    )
+
+
+def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:  # noqa: ARG001 - CLIP's own length
+    hidden, _ = pipeline.encode_prompt(prompt, device, 1, False)
+    return Prompt(hidden=hidden)
+
+
+def _encode_xl(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:  # noqa: ARG001 - CLIP's own length
+    hidden, _, pooled, _ = pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
+    return Prompt(hidden=hidden, pooled=pooled)
+
+
+SD = Family(
+    title="Stable Diffusion 1 and 2",
+    denoiser=UNet2DConditionModel,
+    adapter=UNetAdapter,
+    pipeline=StableDiffusionPipeline,
+    text_encoders=("text_encoder",),
+    sizes=_sizes,
+    encode=_encode,
+    text_length=fixed_length(77),
+    sampling=lambda _: {},
+    recipe_defaults={
+        "weighting_scheme": "none",
+        "precondition_outputs": False,
+        "learning_rate": 5e-4,
+        "weight_decay": 1e-2,
+        "guidance_scale": 7.5,
+    },
+    component="unet",
+    optional=("feature_extractor", "image_encoder"),
+    left_out=("safety_checker",),
+    noise=DDPMScheduler,
+)
+
+SDXL = Family(
+    title="Stable Diffusion XL",
+    denoiser=UNet2DConditionModel,
+    variant="text_time",
+    adapter=UNetAdapter,
+    pipeline=StableDiffusionXLPipeline,
+    text_encoders=("text_encoder", "text_encoder_2"),
+    sizes=_sizes,
+    encode=_encode_xl,
+    text_length=fixed_length(77),
+    sampling=lambda _: {},
+    recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 5.0},
+    component="unet",
+    optional=("feature_extractor", "image_encoder"),
+    takes_sizes=True,
+    noise=DDPMScheduler,
+)
