@@ -53,7 +53,7 @@ def pair(b: Builder, node: Node, x: Any, y: Any, *, compare: bool = False) -> tu
     dtype = dtype_of(node)
     if compare:
         of = [s.meta["val"] if isinstance(s, Node) else s for s in sources]
-        dtype = torch.result_type(*of)
+        dtype = torch.result_type(of[0], of[1])  # type: ignore[arg-type]
     return in_dtype(b, x, sources[0], dtype), in_dtype(b, y, sources[1], dtype)
 
 
@@ -236,7 +236,7 @@ def _split(b: Builder, node: Node, x: ir.Value, _size: Any, dim: int = 0) -> tup
 
 @lowers("cat.default")
 def _cat(b: Builder, node: Node, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
-    kept = [part for part, source in zip(parts, node.args[0], strict=True) if source.meta["val"].numel()]  # type: ignore[arg-type,union-attr]
+    kept = [part for part, source in zip(parts, node.args[0], strict=True) if source.meta["val"].numel()]  # type: ignore[arg-type]
     return b.op("Concat", *kept, axis=dim) if len(kept) > 1 else kept[0]
 
 
@@ -256,7 +256,7 @@ def _index(b: Builder, node: Node, x: ir.Value, indices: Sequence[ir.Value]) -> 
     if len(shapes) != len(sources):
         msg = f"the model indexes with {node.args[1]}, which has no lowering to ONNX. Please report this model."
         raise ModelError(msg)
-    common = torch.broadcast_shapes(*shapes)
+    common = np.broadcast_shapes(*shapes)
     columns = [b.reshape(b.op("Expand", index, b.ints(common)), (*common, 1)) for index in indices]
     return b.op("GatherND", x, b.op("Concat", *columns, axis=-1))
 

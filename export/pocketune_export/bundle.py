@@ -18,7 +18,9 @@ from typing import IO
 
 from pocketune.atomic import replacing
 from pocketune.errors import FileFormatError, RunError
-from pocketune_export.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, SEAL_FILE, File, Manifest, read_manifest
+from pocketune_export.contents import check_contents
+from pocketune_export.manifest import MANIFEST_FILE, SEAL_FILE, File, Manifest
+from pocketune_export.reading import MAX_MANIFEST_BYTES, read_manifest
 
 ARCHIVE_SUFFIX = ".ptb"
 _CHUNK = 2**20
@@ -90,7 +92,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Check a bundle folder: manifest, then the presence, kind, size and hash of every file.
+    """Check a bundle folder: manifest, then the presence, kind, size and hash of every file, then what graphs and LoRA hold.
 
     Raises:
         FileFormatError: anything is not as the manifest says.
@@ -109,6 +111,7 @@ def open_bundle(path: Path) -> Bundle:
     for file in manifest.files:
         with (path / file.path).open("rb") as opened:
             _check_digest(opened, file, str(path))
+    check_contents(path, manifest)
     return Bundle(path, manifest)
 
 
@@ -128,6 +131,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
                     with packed.open(name) as source, (folder / name).open("wb") as target:
                         for chunk in iter(lambda source=source: source.read(_CHUNK), b""):  # type: ignore[misc]
                             target.write(chunk)
+                check_contents(folder, manifest)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError, KeyError) as error:
         msg = f"{archive} is no bundle archive, or is damaged ({str(error)[:100]}). Copy it again."
         raise FileFormatError(msg) from error

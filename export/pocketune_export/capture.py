@@ -18,10 +18,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pocketune.errors import ModelError
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.manifest import Dtype, TensorSpec
+from pocketune_export.passes import Derived, prepare
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "int64": torch.int64}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "int64": torch.int64}
+_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.int64: "int64"}
 
 T = TypeVar("T")
 Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -36,12 +37,14 @@ class Capture:
         inputs: what the caller gives.
         outputs: what it gets.
         weights: names of the frozen weights.
+        derived: how to make those weights that are cut out of another.
     """
 
     module: GraphModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights: tuple[str, ...]
+    derived: Mapping[str, Derived]
 
     @property
     def weight_nodes(self) -> dict[str, Node]:
@@ -54,7 +57,8 @@ def capture(model: nn.Module, function: Function, inputs: Sequence[TensorSpec], 
     """Trace `function`, with every frozen parameter and buffer of `model` as an input of the graph.
 
     The trace is made of shapes alone: weights may lie on the meta device, and no memory is used for data. Attention is traced
-    as plain arithmetic, whose backward every runtime has. Inputs and weights that the function does not use are left out.
+    as plain arithmetic, whose backward every runtime has; then the passes of `passes.py` are run. Inputs and weights that the
+    function does not use are left out.
 
     Args:
         model: whose weights the function uses; those that require a gradient must be bound by the function itself.
@@ -94,7 +98,10 @@ def capture(model: nn.Module, function: Function, inputs: Sequence[TensorSpec], 
         for name, node in zip(result_names, results, strict=True)
     )
     kept = tuple(spec for spec in inputs if spec.name in used)
-    return Capture(module, kept, outputs, tuple(name for name in weights if name in used))
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"][len(kept) :]
+    nodes = dict(zip((name for name in weights if name in used), placeholders, strict=True))
+    left, derived = prepare(module, nodes)
+    return Capture(module, kept, outputs, tuple(left), derived)
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], function: Callable[[], T]) -> T:
@@ -135,5 +142,4 @@ def _drop_unused(module: GraphModule, names: tuple[str, ...]) -> set[str]:
             used.add(name)
         else:
             module.graph.erase_node(node)
-    module.recompile()
     return used

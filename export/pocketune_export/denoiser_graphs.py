@@ -15,8 +15,9 @@ from pocketune.recipe import Recipe
 from pocketune.step import Batch, flow_matching_loss, predict
 from pocketune_export.capture import Capture, capture, with_weights
 from pocketune_export.layout import Layout, layout_of, without_gradient
-from pocketune_export.manifest import Role, TensorSpec
+from pocketune_export.manifest import TensorSpec
 from pocketune_export.training import MEANINGS, Named, adamw, leaves, optimizer_inputs, spec, train_step
+from pocketune_export.writer import Traced
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,6 @@ class Sizes:
     text_tokens: int
     text_width: int
     pooled_width: int
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A captured graph and its place in the bundle. parameters: its slice of the flat vector, if it takes any."""
-
-    name: str
-    role: Role
-    block: int | None
-    parameters: tuple[int, int] | None
-    capture: Capture
 
 
 class DenoiserGraphs:
@@ -237,10 +227,13 @@ class DenoiserGraphs:
         for span in self._plan.skipped_spans:
             features[span] = tuple(given[out.name] for out in self.features(span) if out.name in given)
         return Batch(
-            prompt=Prompt(given.get("prompt_hidden", nothing), given.get("prompt_pooled", nothing)),
-            features=features if self._recipe.use_residuals else {},
+            latents=given["latents"],
+            noise=given["noise"],
             timesteps=given.get("timesteps", nothing),
-            **{name: given[name] for name in ("latents", "noise", "sigmas", "loss_weights")},
+            sigmas=given["sigmas"],
+            prompt=Prompt(given.get("prompt_hidden", nothing), given.get("prompt_pooled", nothing)),
+            loss_weights=given["loss_weights"],
+            features=features if self._recipe.use_residuals else {},
         )
 
     def _context(self, embedding: Tensor) -> Context:
@@ -265,7 +258,7 @@ class DenoiserGraphs:
             "sigmas": ((rows,), "noise level of each timestep"),
             "prompt_hidden": ((rows, sizes.text_tokens, sizes.text_width), "encoded text"),
             "prompt_pooled": ((rows, sizes.pooled_width), "encoded text, pooled"),
-            "loss_weights": ((rows,), "1 for a photo, the recipe's prior_loss_weight for a class image"),
+            "loss_weights": ((rows,), "1 / photos for a photo, prior_loss_weight / class_images for a class image"),
         }
         return {name: spec(name, shape, meaning) for name, (shape, meaning) in shapes.items()}
 

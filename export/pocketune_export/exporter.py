@@ -1,17 +1,17 @@
-"""Export a model and a recipe to a bundle: capture each graph, lower it, store weights once, describe all in the manifest."""
+"""Export a model and a recipe: capture every graph once; write one bundle, or several with differently stored weights."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketune.delta import LORA_FILE, save_lora
 from pocketune.errors import ModelError, PlanError
@@ -23,19 +23,32 @@ from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
 from pocketune_export import manifest as m
-from pocketune_export.bundle import describe_file, new_bundle_folder, seal
+from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.denoiser_graphs import DenoiserGraphs, Sizes
-from pocketune_export.onnx import lower
-from pocketune_export.onnx_builder import OPSET
-from pocketune_export.planning import activation_bytes, planned_memory
 from pocketune_export.quantize import Storage
-from pocketune_export.remainder import Tokenizer, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
+from pocketune_export.remainder import TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
 from pocketune_export.sources import DenoiserWeights
 from pocketune_export.training import BETA1, BETA2, EPSILON
-from pocketune_export.weights import WeightPart, WeightStore
+from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
 
+EXPORTABLE = ("SD3Transformer2DModel",)
 LORA_PATH = f"lora/{LORA_FILE}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One bundle of an export.
+
+    Attributes:
+        out: the folder to make, or one file if it ends in ".ptb".
+        weights: how matrices are stored.
+        block: int8 and int4 weights that share a scale; default: a row.
+    """
+
+    out: Path
+    weights: Storage = "fp32"
+    block: int | None = None
 
 
 def export_trainable(
@@ -63,213 +76,131 @@ def export_trainable(
         ModelError, PlanError, RecipeError, RunError: nothing is left behind.
     """
     if backend != "onnx":
-        msg = f'there is no backend "{backend}" yet; choose onnx.'
+        msg = f'there is no backend "{backend}"; choose onnx.'
         raise PlanError(msg)
+    variant = Variant(out=Path(out), weights=weights, block=weight_block)
+    return export_variants([variant], recipe=recipe, model=model, on_progress=on_progress)[0]
+
+
+def export_variants(
+    variants: Sequence[Variant], *, recipe: Recipe, model: str | Path = "pocket-sd3", on_progress: OnProgress = ignore
+) -> tuple[m.Manifest, ...]:
+    """Export several bundles that differ in how weights are stored; each graph is captured once.
+
+    Args:
+        variants: the bundles.
+        recipe: as of `export_trainable`.
+        model: as of `export_trainable`.
+        on_progress: called after each graph.
+
+    Raises:
+        ModelError, PlanError, RecipeError, RunError: nothing is left behind.
+    """
+    for variant in variants:
+        if variant.block is not None and variant.block < 2:
+            msg = f"a block of {variant.block} weights cannot share a scale. Give a block of 2 or more, such as 32."
+            raise PlanError(msg)
     folder = open_model(model)
-    with new_bundle_folder(Path(out)) as scratch:
-        return _Export(folder, recipe, scratch, WeightStore(scratch, wanted=weights, block=weight_block), on_progress).run()
+    if folder.denoiser_kind not in EXPORTABLE:
+        msg = f"{folder.name} is a {folder.denoiser_kind}; so far only {', '.join(EXPORTABLE)} can be exported."
+        raise ModelError(msg)
+    with ExitStack() as stack:
+        scratch = [stack.enter_context(new_bundle_folder(variant.out)) for variant in variants]
+        writers = [BundleWriter(at, weights=of.weights, block=of.block) for at, of in zip(scratch, variants, strict=True)]
+        return _Export(folder, recipe, writers, on_progress).run()
 
 
-@dataclass
 class _Export:
     """One export under way."""
 
-    folder: ModelFolder
-    recipe: Recipe
-    out: Path
-    store: WeightStore
-    on_progress: OnProgress
+    def __init__(self, folder: ModelFolder, recipe: Recipe, writers: Sequence[BundleWriter], on_progress: OnProgress) -> None:
+        self._folder = folder
+        self._recipe = recipe
+        self._writers = writers
+        self._on_progress = on_progress
+        self._written = 0
+        self._plan: BlockPlan = parse_plan(recipe.skip, folder.block_count)
+        self._resolution = resolution_of(folder, recipe)
+        side = self._resolution // folder.vae_scale
+        self._latents = (int(folder.vae_config["latent_channels"]), side, side)
+        self._class_images = recipe.batch_size if recipe.class_prompt else 0
 
-    def __post_init__(self) -> None:
-        self.graphs: list[m.Graph] = []
-        self.plan: BlockPlan = parse_plan(self.recipe.skip, self.folder.block_count)
-        self.resolution = resolution_of(self.folder, self.recipe)
-        side = self.resolution // self.folder.vae_scale
-        self.latents = (int(self.folder.vae_config["latent_channels"]), side, side)
-        self.photos = self.recipe.batch_size
-        self.class_images = self.photos if self.recipe.class_prompt else 0
+    def run(self) -> tuple[m.Manifest, ...]:
+        """Capture and write everything; each component is gone from memory when the next is loaded."""
+        schedule = noise_schedule(self._folder)
+        encoders, text = self._text_encoders()
+        vae = self._vae()
+        described = self._denoiser(text, schedule, encoders, vae)
+        return tuple(writer.finish(described) for writer in self._writers)
 
-    def run(self) -> m.Manifest:
-        """Capture and write everything; the finished manifest."""
-        schedule = self._schedule()
-        encoders = self._text_encoders()
-        vae = self.folder.load_vae(device=torch.device("cpu"))
-        for part in vae_parts(vae, resolution=self.resolution, latents=self.latents):
-            self._add(part.name, part.name, None, None, part.capture, self._part(part.name, part.load))  # type: ignore[arg-type]
-        vae_settings = m.Vae(
-            scaling_factor=float(vae.config.scaling_factor),
-            shift_factor=float(vae.config.shift_factor or 0.0),
-            downscale=self.folder.vae_scale,
-        )
-        del vae
-        graphs, lora = self._denoiser()
-        manifest = self._manifest(graphs, lora, encoders, vae_settings, schedule)
-        seal(self.out, manifest)
-        return manifest
-
-    def _schedule(self) -> m.NoiseSchedule:
-        config = self.folder.scheduler().config
-        if config.get("use_dynamic_shifting") or config.get("use_karras_sigmas") or config.get("invert_sigmas"):
-            msg = (
-                f"{self.folder.name} has a noise schedule with options that the edge runtime does not know. Please report this."
-            )
-            raise ModelError(msg)
-        return m.NoiseSchedule(
-            kind="flow_match_euler", train_timesteps=int(config["num_train_timesteps"]), shift=float(config["shift"])
-        )
-
-    def _text_encoders(self) -> tuple[m.TextEncoder, ...]:
+    def _text_encoders(self) -> tuple[tuple[m.TextEncoder, ...], TextSizes]:
         captures: dict[int, Capture] = {}
         described = []
-        for number in encoder_numbers(self.folder):
-            tokenizer = read_tokenizer(self.folder, number)
-            path = self._write(f"tokenizer-{number}/tokenizer.json", tokenizer.content)
-            part = text_encoder(self.folder, number, tokenizer.tokens)
+        for number in encoder_numbers(self._folder):
+            tokenizer = read_tokenizer(self._folder, number)
+            path = f"tokenizer-{number}/tokenizer.json"
+            for writer in self._writers:
+                writer.add_file(path, tokenizer.content)
+            part = text_encoder(self._folder, number, tokenizer.tokens)
             captures[number] = part.capture
-            described.append(_describe_encoder(part.name, path, tokenizer))
-            self._add(part.name, "text_encoder", number, None, part.capture, self._part(part.name, part.load))
-        joined, self.text = text_join(captures, self.folder)
-        self._add("text_join", "text_join", None, None, joined, self._part("text_join", _no_weight))
-        return tuple(described)
+            self._add(Traced(part.name, "text_encoder", number, None, part.capture), _component(part.name, part.load))
+            of = {"tokens": tokenizer.tokens, "pad_id": tokenizer.pad_id, "pad_token": tokenizer.pad_token}
+            described.append(m.TextEncoder(graph=part.name, tokenizer=path, **of))  # type: ignore[arg-type]
+        joined, sizes = text_join(captures, self._folder)
+        self._add(Traced("text_join", "text_join", None, None, joined), _component("text_join", _no_weight))
+        return tuple(described), sizes
 
-    def _denoiser(self) -> tuple[DenoiserGraphs, m.Lora]:
-        adapter = self.folder.empty_denoiser()
-        rank, targets = self.recipe.rank, self.recipe.lora_targets or adapter.default_lora_targets
-        parameters = add_lora(adapter, blocks=self.plan.kept, rank=rank, targets=targets, seed=self.recipe.seed)
-        names = list(parameters)
-        for name, value in start_values(parameters, rank=rank, seed=self.recipe.seed).items():
-            set_module_tensor_to_device(adapter.model, name, "cpu", value=value)
-        parameters = {name: adapter.model.get_parameter(name) for name in names}
-        sizes = Sizes(
-            rows=self.photos + self.class_images,
-            latents=self.latents,
-            text_tokens=self.text.tokens,
-            text_width=self.text.width,
-            pooled_width=self.text.pooled,
+    def _vae(self) -> m.Vae:
+        vae = self._folder.load_vae(device=torch.device("cpu"))
+        for part in vae_parts(vae, resolution=self._resolution, latents=self._latents):
+            role: m.Role = "vae_encoder" if part.name == "vae_encoder" else "vae_decoder"
+            self._add(Traced(part.name, role, None, None, part.capture), _component(part.name, part.load))
+        scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+        return m.Vae(scaling_factor=scale, shift_factor=shift, downscale=self._folder.vae_scale)
+
+    def _denoiser(
+        self, text: TextSizes, schedule: m.NoiseSchedule, encoders: tuple[m.TextEncoder, ...], vae: m.Vae
+    ) -> Described:
+        recipe, plan = self._recipe, self._plan
+        adapter = self._folder.empty_denoiser()
+        targets = recipe.lora_targets or adapter.default_lora_targets
+        parameters = self._lora(adapter, targets)
+        batch = m.Batch(
+            rows=recipe.batch_size + self._class_images,
+            photos=recipe.batch_size,
+            class_images=self._class_images,
+            resolution=self._resolution,
+            latent_shape=self._latents,
+            text_tokens=text.tokens,
+            text_width=text.width,
+            pooled_width=text.pooled,
         )
-        sort_header(save_lora(adapter, self.out / "lora"))
-        graphs = DenoiserGraphs(adapter, parameters, self.plan, self.recipe, sizes)
-        weights = DenoiserWeights(self.folder.denoiser_files(), adapter.model)
-        part = WeightPart(self.store, "transformer.", weights, lambda name: _file_of(adapter, name))
+        sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled)
+        graphs = DenoiserGraphs(adapter, parameters, plan, recipe, sizes)
+        weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
+        component = Component("transformer.", weights, lambda name: _file_of(adapter, name))
         for traced in graphs.trace():
-            self._add(traced.name, traced.role, traced.block, traced.parameters, traced.capture, part)
-        return graphs, self._lora(adapter, graphs, parameters, targets)
-
-    def _lora(
-        self,
-        adapter: DenoiserAdapter,
-        graphs: DenoiserGraphs,
-        parameters: dict[str, torch.nn.Parameter],
-        targets: tuple[str, ...],
-    ) -> m.Lora:
-        starts = {slot.name: slot.start for slot in graphs.layout.slots}
-        described = tuple(
-            m.Parameter(
-                name=name,
-                key="transformer." + name.replace(f".{ADAPTER}.", "."),
-                shape=(parameter.shape[0], parameter.shape[1]),
-                block=_block_of(adapter, name),
-                offset=starts.get(name),
-            )
-            for name, parameter in parameters.items()
-        )
-        return m.Lora(
-            rank=self.recipe.rank,
-            alpha=float(self.recipe.rank),
-            targets=targets,
-            parameters=described,
-            flat_elements=graphs.layout.elements,
-            initial=LORA_PATH,
-        )
-
-    def _part(self, name: str, load: Callable[[str], Tensor]) -> WeightPart:
-        return WeightPart(self.store, f"{name}.", load, lambda _: f"weights/{name}.bin")
-
-    def _add(
-        self,
-        name: str,
-        role: m.Role,
-        block: int | None,
-        parameters: tuple[int, int] | None,
-        captured: Capture,
-        part: WeightPart,
-    ) -> None:
-        """Lower a capture and write the graph."""
-        inputs, outputs = captured.inputs, captured.outputs
-        lowered = lower(captured, part)
-        self.graphs.append(
-            m.Graph(
-                name=name,
-                file=self._write(f"{name}.onnx", lowered.content),
-                role=role,
-                block=block,
-                parameters=parameters,
-                inputs=inputs,
-                outputs=outputs,
-                weights=lowered.files,
-                weight_bytes=lowered.weight_bytes,
-                activation_bytes=activation_bytes(lowered.content),
-            )
-        )
-        rss = read_memory().rss_bytes
-        self.on_progress(Progress(phase="graphs", done=len(self.graphs), total=0, unit="graph", rss_bytes=rss))
-
-    def _write(self, path: str, content: bytes) -> str:
-        (self.out / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.out / path).write_bytes(content)
-        return path
-
-    def _manifest(
-        self,
-        graphs: DenoiserGraphs,
-        lora: m.Lora,
-        encoders: tuple[m.TextEncoder, ...],
-        vae: m.Vae,
-        schedule: m.NoiseSchedule,
-    ) -> m.Manifest:
-        hashed = self.store.close()
-        files = [m.File(path=path, bytes=size, sha256=digest) for path, (size, digest) in hashed.items()]
-        others = [graph.file for graph in self.graphs] + [encoder.tokenizer for encoder in encoders] + [LORA_PATH]
-        files += [describe_file(self.out, path) for path in others]
-        recipe = self.recipe
-        return m.Manifest(
-            schema_version=m.SCHEMA_VERSION,
-            pocketune_version=version("pocketune"),
-            backend="onnx",
-            opset=OPSET,
+            self._add(traced, component)
+        return Described(
             model=m.Model(
-                name=self.folder.name,
-                kind=self.folder.denoiser_kind,
-                sha256=self.folder.fingerprint(),
-                note=self.folder.note(),
-                block_count=self.folder.block_count,
-                streams=graphs.stream_names,
+                name=self._folder.name,
+                kind=self._folder.denoiser_kind,
+                sha256=self._folder.fingerprint(),
+                note=self._folder.note(),
+                block_count=self._folder.block_count,
+                streams=adapter.stream_names,
             ),
             recipe=recipe.model_dump(mode="json"),
-            plan=m.Plan(
-                spans=tuple(
-                    m.Span(
-                        start=span.start,
-                        stop=span.stop,
-                        skipped=span.skipped,
-                        features=tuple(feature.name for feature in graphs.features(span)),
-                    )
-                    for span in self.plan.spans
-                ),
-                use_residuals=recipe.use_residuals,
+            plan=m.Plan(spans=tuple(_describe_spans(plan, graphs)), use_residuals=recipe.use_residuals),
+            batch=batch,
+            lora=m.Lora(
+                rank=recipe.rank,
+                alpha=float(recipe.rank),
+                targets=targets,
+                parameters=tuple(_describe_parameters(adapter, graphs, parameters)),
+                flat_elements=graphs.layout.elements,
+                initial=LORA_PATH,
             ),
-            batch=m.Batch(
-                rows=self.photos + self.class_images,
-                photos=self.photos,
-                class_images=self.class_images,
-                resolution=self.resolution,
-                latent_shape=self.latents,
-                text_tokens=self.text.tokens,
-                text_width=self.text.width,
-                pooled_width=self.text.pooled,
-            ),
-            weights=m.Weights(storage=self.store.wanted, block=self.store.block),
-            lora=lora,
             optimizer=m.Optimizer(
                 kind="adamw",
                 beta1=BETA1,
@@ -282,10 +213,26 @@ class _Export:
             noise_schedule=schedule,
             text_encoders=encoders,
             vae=vae,
-            memory=planned_memory(self.graphs),
-            graphs=tuple(self.graphs),
-            files=tuple(sorted(files, key=lambda file: file.path)),
         )
+
+    def _lora(self, adapter: DenoiserAdapter, targets: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Give the empty denoiser its LoRA, with real start values, and write them as a LoRA file."""
+        recipe = self._recipe
+        parameters = add_lora(adapter, blocks=self._plan.kept, rank=recipe.rank, targets=targets, seed=recipe.seed)
+        for name, value in start_values(parameters, rank=recipe.rank, seed=recipe.seed).items():
+            set_module_tensor_to_device(adapter.model, name, "cpu", value=value)
+        with tempfile.TemporaryDirectory() as scratch:
+            content = with_sorted_header(save_lora(adapter, Path(scratch)).read_bytes())
+        for writer in self._writers:
+            writer.add_file(LORA_PATH, content)
+        return {name: adapter.model.get_parameter(name) for name in parameters}
+
+    def _add(self, traced: Traced, component: Component) -> None:
+        for writer in self._writers:
+            writer.add_graph(traced, component)
+        self._written += 1
+        rss = read_memory().rss_bytes
+        self._on_progress(Progress(phase="graphs", done=self._written, total=0, unit="graph", rss_bytes=rss))
 
 
 def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
@@ -295,25 +242,46 @@ def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
         PlanError: the model cannot work at it.
     """
     side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
-    if side % unit or side > largest:
-        msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit} up to {largest}."
+    if side % unit or (largest is not None and side > largest):
+        bound = "" if largest is None else f" up to {largest}"
+        msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
         raise PlanError(msg)
     return side
 
 
-def sort_header(path: Path) -> None:
-    """Rewrite a safetensors file with its header sorted, so that equal tensors give equal bytes."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:
+    """The model's noise schedule.
+
+    Raises:
+        ModelError: it has options that are not in the bundle format.
+    """
+    config = folder.scheduler().config
+    odd = [name for name in ("use_dynamic_shifting", "use_karras_sigmas", "invert_sigmas") if config.get(name)]
+    if odd:
+        msg = f"the noise schedule of {folder.name} has {odd[0]}, which a bundle cannot say. Please report this model."
+        raise ModelError(msg)
+    steps, shift = int(config["num_train_timesteps"]), float(config["shift"])
+    return m.NoiseSchedule(kind="flow_match_euler", train_timesteps=steps, shift=shift)
 
 
-def _describe_encoder(graph: str, path: str, tokenizer: Tokenizer) -> m.TextEncoder:
-    return m.TextEncoder(
-        graph=graph, tokenizer=path, tokens=tokenizer.tokens, pad_id=tokenizer.pad_id, pad_token=tokenizer.pad_token
-    )
+def _describe_spans(plan: BlockPlan, graphs: DenoiserGraphs) -> Iterator[m.Span]:
+    for span in plan.spans:
+        features = tuple(feature.name for feature in graphs.features(span))
+        yield m.Span(start=span.start, stop=span.stop, skipped=span.skipped, features=features)
+
+
+def _describe_parameters(
+    adapter: DenoiserAdapter, graphs: DenoiserGraphs, parameters: dict[str, nn.Parameter]
+) -> Iterator[m.Parameter]:
+    starts = {slot.name: slot.start for slot in graphs.layout.slots}
+    for name, parameter in parameters.items():
+        key = "transformer." + name.replace(f".{ADAPTER}.", ".")
+        shape = (parameter.shape[0], parameter.shape[1])
+        yield m.Parameter(name=name, key=key, shape=shape, block=_block_of(adapter, name), offset=starts.get(name))
+
+
+def _component(name: str, load: Callable[[str], Tensor]) -> Component:
+    return Component(f"{name}.", load, lambda _: f"weights/{name}.bin")
 
 
 def _block_of(adapter: DenoiserAdapter, name: str) -> int:

@@ -1,7 +1,7 @@
 """The manifest of a bundle: what the device must know, as strict models; `docs/bundle.md` shows the format on one screen.
 
 Nothing here imports torch or onnx. Reading is strict: unknown fields, wrong types, numbers out of range, paths that leave the
-bundle and parts that contradict each other are refused with a `FileFormatError`.
+bundle and parts that contradict each other are refused; `reading.py` makes a `FileFormatError` of that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pocketune.errors import FileFormatError
 from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
@@ -18,7 +18,6 @@ from pocketune_export.agreement import graph_faults, parameter_faults, plan_faul
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = "manifest.sha256"
-MAX_MANIFEST_BYTES = 32 * 2**20
 MAX_ELEMENTS = 2**40
 
 Role = Literal[
@@ -115,7 +114,7 @@ class Model(_Strict):
 
     name: Name
     kind: Name = Field(description="Class of the denoiser in diffusers.")
-    sha256: Digest = Field(description="Of the configuration and weight files: equal exactly when the model is.")
+    sha256: Digest = Field(description="The model's fingerprint, as checkpoints of a run have it.")
     note: str | None
     block_count: Size
     streams: tuple[Name, ...] = Field(
@@ -292,37 +291,6 @@ class Manifest(_Strict):
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`, the same for equal manifests."""
         return (json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=True) + "\n").encode()
-
-
-def read_manifest(content: bytes, where: str) -> Manifest:
-    """Check and read a manifest.
-
-    Args:
-        content: of `manifest.json`.
-        where: how messages name the bundle.
-
-    Raises:
-        FileFormatError: it is no manifest, of a newer schema, or contradicts itself.
-    """
-    if len(content) > MAX_MANIFEST_BYTES:
-        msg = f"{where} has a manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read. It is not a bundle."
-        raise FileFormatError(msg)
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        msg = f"{where} has a damaged manifest ({str(error)[:100]}). Copy or export the bundle again."
-        raise FileFormatError(msg) from error
-    schema = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA_VERSION:
-        msg = f"{where} has schema version {schema}; this Pocketune reads up to {SCHEMA_VERSION}. Update Pocketune."
-        raise FileFormatError(msg)
-    try:
-        return Manifest.model_validate_json(content)
-    except (ValidationError, RecursionError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else []
-        first = f"{'.'.join(map(str, faults[0]['loc'])) or 'manifest'}: {faults[0]['msg']}" if faults else "nested too deep"
-        msg = f"{where} has an invalid manifest: {first[:300]}. Copy or export the bundle again."
-        raise FileFormatError(msg) from error
 
 
 def schema_json() -> str:

@@ -16,7 +16,6 @@ from pocketune_export.capture import DTYPES, Capture
 from pocketune_export.manifest import TensorSpec
 from pocketune_export.onnx_builder import OPSET, TYPES, Builder
 from pocketune_export.onnx_passes import fold_transposes, remove_unused
-from pocketune_export.passes import fold_weight_views, prepare
 from pocketune_export.weights import WeightPart
 
 IR_VERSION = 8
@@ -43,19 +42,23 @@ def lower(capture: Capture, part: WeightPart) -> Lowered:
     """Lower a capture; its weights are stored at first use.
 
     Args:
-        capture: not used afterwards.
+        capture: left as it is, so that it can be lowered again.
         part: where the weights come from and go to.
 
     Raises:
         ModelError: an operator has no lowering.
     """
-    capture, derived = fold_weight_views(prepare(capture))
-    part.add_derived(derived)
+    part.add_derived(capture.derived)
     builder = Builder(part, _matmul_weights(capture))
     inputs = [_port(spec) for spec in capture.inputs]
     outputs = _emit(capture, builder, inputs)
     graph = ir.Graph(
-        inputs, outputs, nodes=builder.nodes, initializers=builder.initializers.values(), opset_imports={"": OPSET}, name="main"
+        inputs,
+        outputs,
+        nodes=builder.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports={"": OPSET},
+        name="main",
     )
     fold_transposes(graph)
     remove_unused(graph)

@@ -30,6 +30,9 @@ _NUMPY = {
 }
 
 
+Attribute = float | int | str | Sequence[int] | ir.TensorProtocol
+
+
 class Builder:
     """A growing graph.
 
@@ -49,13 +52,11 @@ class Builder:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._values = 0
 
-    def op(self, kind: str, *inputs: ir.Value | None, **attributes: float | int | str | Sequence[int]) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
         """Append a node of one output."""
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
-    def ops(
-        self, kind: str, count: int, *inputs: ir.Value | None, **attributes: float | int | str | Sequence[int]
-    ) -> tuple[ir.Value, ...]:
+    def ops(self, kind: str, count: int, *inputs: ir.Value | None, **attributes: Attribute) -> tuple[ir.Value, ...]:
         """Append a node of several outputs."""
         node = ir.node(kind, inputs, attributes=attributes, num_outputs=count, name=f"{kind}_{len(self.nodes)}")
         for value in node.outputs:
@@ -102,10 +103,9 @@ class Builder:
             high = self.op("BitShift", value, self._byte(4), direction="RIGHT")
             value = self.op("Concat", low, high, axis=1)
             zero = ir.tensor(np.array([8], dtype=np.uint8))
-            zero_point = self.op("ConstantOfShape", self.ints(stored.tensors["scale"].shape.numpy()), value=zero)
+            zero_point = self.op("ConstantOfShape", self.ints([scale_count(stored)]), value=zero)
         whole = self.op("DequantizeLinear", value, scale, zero_point, axis=0)
-        rows = stored.shape[0] * stored.shape[1] // group_length_of(stored)
-        return whole if rows == stored.shape[0] else self.reshape(whole, stored.shape)
+        return whole if scale_count(stored) == stored.shape[0] else self.reshape(whole, stored.shape)
 
     def weight_rows(self, name: str, indices: ir.Value) -> ir.Value:
         """Rows of a frozen table in float32; only they are converted."""
@@ -130,11 +130,11 @@ class Builder:
         return self._initializer(name, ir.tensor(np.array(value, dtype=np.uint8)))
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.initializers[name] = value
         return value
 
 
-def group_length_of(stored: Stored) -> int:
-    """Weights a scale of a quantized matrix."""
-    return stored.shape[0] * stored.shape[1] // int(stored.tensors["scale"].shape[0])
+def scale_count(stored: Stored) -> int:
+    """How many scales a quantized matrix has."""
+    return stored.tensors["scale"].size

@@ -1,9 +1,12 @@
-"""Passes over captured graphs, for every backend. Each states what it needs and ensures; none changes what is computed."""
+"""Passes over captured graphs, for every backend. Each states what it needs and ensures; none changes what is computed.
+
+They change graphs in place; a graph's code is out of date until it is recompiled.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +15,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pocketune.errors import ModelError
-from pocketune_export.capture import Capture
 
 FOLD_LIMIT = 2**22
 """Largest constant, in elements, that folding makes."""
@@ -36,13 +38,23 @@ _VIEWS = {
 _CUTS = _VIEWS | {aten.clone.default, aten._unsafe_view.default}
 
 
-def prepare(capture: Capture) -> Capture:
-    """Run all passes of this module, in the order in which they help each other."""
-    replace_in_place(capture.module)
-    remove_identities(capture.module)
-    fold_constants(capture.module)
-    remove_identities(capture.module)
-    return capture
+def prepare(module: GraphModule, weights: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, Derived]]:
+    """Run all passes of this module, in the order in which they help each other.
+
+    Args:
+        module: the graph, changed in place; its code is compiled anew.
+        weights: the placeholder of each weight.
+
+    Returns:
+        The placeholder of each weight that is left, in order, and how to make those that are cut out of others.
+    """
+    replace_in_place(module)
+    remove_identities(module)
+    fold_constants(module)
+    remove_identities(module)
+    left, derived = fold_weight_views(module, weights)
+    module.recompile()
+    return left, derived
 
 
 def replace_in_place(module: GraphModule) -> None:
@@ -67,7 +79,6 @@ def replace_in_place(module: GraphModule) -> None:
         node.target = getattr(getattr(aten, packet.__name__.rstrip("_")), overload)
         for user in later:
             user.replace_input_with(changed, node)
-    module.recompile()
 
 
 def remove_identities(module: GraphModule) -> None:
@@ -83,7 +94,6 @@ def remove_identities(module: GraphModule) -> None:
         if same is not None:
             node.replace_all_uses_with(same)
     module.graph.eliminate_dead_code()
-    module.recompile()
 
 
 def fold_constants(module: GraphModule) -> None:
@@ -117,44 +127,33 @@ def fold_constants(module: GraphModule) -> None:
         for user in outside:
             user.replace_input_with(node, constant)
     module.graph.eliminate_dead_code()
-    module.recompile()
 
 
-def fold_weight_views(capture: Capture) -> tuple[Capture, dict[str, Derived]]:
+def fold_weight_views(module: GraphModule, weights: Mapping[str, Node]) -> tuple[dict[str, Node], dict[str, Derived]]:
     """Replace a small part that is cut out of a weight by a weight of its own, as the crop of a large position table.
 
     Needs: constants are folded. Ensures: where a graph uses a weight only through views with fewer elements than the weight,
-    the views are weights of their own.
-
-    Returns:
-        The capture, and of each new weight how to make it.
+    the views are weights of their own, named "WEIGHT.partN".
     """
+    left: dict[str, Node] = {}
     derived: dict[str, Derived] = {}
-    names = dict(capture.weight_nodes)
-    for name, node in list(names.items()):
+    for name, node in weights.items():
         ends = _view_ends(node)
         if any(end is node or _elements(end) >= _elements(node) for end in ends):
+            left[name] = node
             continue
         for number, end in enumerate(ends):
             part = f"{name}.part{number}"
             derived[part] = Derived(name, _chain(node, end))
-            with capture.module.graph.inserting_before(node):
-                placeholder = capture.module.graph.placeholder(part.replace(".", "_"))
-            placeholder.meta = dict(end.meta)
-            end.replace_all_uses_with(placeholder)
-            names[part] = placeholder
-        names.pop(name)
-    if not derived:
-        return capture, derived
-    capture.module.graph.eliminate_dead_code()
-    for node in [n for n in capture.module.graph.nodes if n.op == "placeholder"][len(capture.inputs) :]:
-        if not node.users:
-            capture.module.graph.erase_node(node)
-    capture.module.recompile()
-    in_order = {node: name for name, node in names.items()}
-    placeholders = [n for n in capture.module.graph.nodes if n.op == "placeholder"][len(capture.inputs) :]
-    weights = tuple(in_order[node] for node in placeholders)
-    return Capture(capture.module, capture.inputs, capture.outputs, weights), derived
+            with module.graph.inserting_before(node):
+                left[part] = module.graph.placeholder(part.replace(".", "_"))
+            left[part].meta = dict(end.meta)
+            end.replace_all_uses_with(left[part])
+    module.graph.eliminate_dead_code()
+    for name, node in weights.items():
+        if name not in left:
+            module.graph.erase_node(node)
+    return left, derived
 
 
 class Derived:
@@ -201,7 +200,7 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
     arguments = torch.fx.node.map_arg(node.args, lambda source: values[source])
     keywords = torch.fx.node.map_arg(node.kwargs, lambda source: values[source])
     if node.target is operator.getitem:
-        return arguments[0][arguments[1]]
+        return operator.getitem(*arguments)
     return node.target(*arguments, **keywords)  # type: ignore[operator]
 
 

@@ -109,12 +109,13 @@ def streaming(bundle: Bundle) -> StepFunction:
         results = call("head_loss", None, {**given, **streams, **embedding}, state)
         loss = float(results.pop("loss"))
         gradients = np.zeros_like(state.parameters)
-        backward = {graph.block for graph in manifest.graphs if graph.role == "block_vjp"}
-        for block in sorted(backward & set(entered), key=lambda index: -(index or 0)):
+        backward = {graph.block: graph for graph in manifest.graphs if graph.role == "block_vjp"}
+        for block in reversed([block for block in entered if block in backward]):
             passed = {name.replace("grad_", "grad_new_"): gradient for name, gradient in results.items()}
-            results = call("block_vjp", block, {**entered[block], **embedding, **passed}, state)  # type: ignore[index]
-            if "gradients" in results:
-                gradients[slice(*manifest.graph("block_vjp", block).parameters)] = results.pop("gradients")  # type: ignore[misc]
+            results = call("block_vjp", block, {**entered[block], **embedding, **passed}, state)
+            place = backward[block].parameters
+            if place is not None:
+                gradients[slice(*place)] = results.pop("gradients")
         updated = call("adamw", None, {**given, **state.as_inputs(), "gradients": gradients}, state)
         return Stepped(loss, gradients, _updated(updated))
 

@@ -31,7 +31,7 @@ from pocketune_export.replay import State, hyper_parameters, one_graph, streamin
 from pocketune_export.weights import plain_name
 
 TOLERANCE = 1e-5
-"""Largest allowed difference: of a parameter, absolute; of loss and gradients, relative to the largest value if above 1."""
+"""Largest allowed difference: of a parameter, absolute; of the loss, relative; of gradients, relative to the largest of all."""
 
 Mode = Literal["one graph", "streaming"]
 _STEPS_BY: Mapping[Mode, Callable[..., object]] = {"one graph": one_graph, "streaming": streaming}
@@ -106,7 +106,7 @@ def verify(
     names = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
     gradients: dict[str, Tensor] = {}
     for name in names:
-        parameters[name].register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))  # type: ignore[misc]
+        _keep_gradient(parameters[name], name, gradients)
     optimizer = new_optimizer(parameters, recipe)
     run_step = one_graph(bundle) if mode == "one graph" else streaming(bundle)
     state = State.start(torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy())
@@ -117,13 +117,13 @@ def verify(
         given = {name: tensor.numpy() for name, tensor in batch.items()} | hyper_parameters(bundle, number)
         result = run_step(state, given)
         state = result.state
-        worst.loss = max(worst.loss, abs(loss - result.loss) / max(1.0, abs(loss)))
+        worst.loss = max(worst.loss, abs(loss - result.loss) / abs(loss))
+        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
         for parameter in manifest.lora.parameters:
             if parameter.offset is not None:
                 place = slice(parameter.offset, parameter.offset + parameter.shape[0] * parameter.shape[1])
                 expected = gradients[parameter.name].reshape(-1).numpy()
-                scale = max(1.0, float(np.abs(expected).max()))
-                worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / scale)
+                worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / largest)
                 expected = parameters[parameter.name].detach().reshape(-1).numpy()
                 worst.see(worst.parameters, parameter.name, np.abs(expected - state.parameters[place]).max())
         on_step(number, steps)
@@ -136,8 +136,8 @@ def random_batch(manifest: Manifest, *, seed: int) -> dict[str, Tensor]:
     rows, train_timesteps = manifest.batch.rows, manifest.noise_schedule.train_timesteps
     sigmas = torch.rand(rows, generator=generator) * 0.98 + 0.01
     batch = {"sigmas": sigmas, "timesteps": sigmas * train_timesteps}
-    weight = float(manifest.recipe.get("prior_loss_weight", 1.0))
-    batch["loss_weights"] = torch.tensor([1.0] * manifest.batch.photos + [weight] * manifest.batch.class_images)
+    photos, others, weight = manifest.batch.photos, manifest.batch.class_images, float(manifest.recipe["prior_loss_weight"])
+    batch["loss_weights"] = torch.tensor([1.0 / photos] * photos + [weight / max(1, others)] * others)
     shapes = {spec.name: spec.shape for spec in _batch_specs(manifest)}
     for name, shape in shapes.items():
         if name not in batch:
@@ -153,10 +153,24 @@ def as_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> Batch:
         if span.features
     }
     return Batch(
+        latents=batch["latents"],
+        noise=batch["noise"],
+        timesteps=batch["timesteps"],
+        sigmas=batch["sigmas"],
         prompt=Prompt(hidden=batch["prompt_hidden"], pooled=batch["prompt_pooled"]),
+        loss_weights=batch["loss_weights"],
         features=features,
-        **{name: batch[name] for name in ("latents", "noise", "timesteps", "sigmas", "loss_weights")},
     )
+
+
+def _keep_gradient(parameter: nn.Parameter, name: str, kept: dict[str, Tensor]) -> None:
+    """Copy a parameter's gradient as soon as it is there, before it is clipped and cleared."""
+
+    def keep(of: Tensor) -> None:
+        if of.grad is not None:
+            kept[name] = of.grad.clone()
+
+    parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -204,9 +218,9 @@ def stored_as(bundle: Bundle, prefix: str) -> dict[str, Storage]:
             if not tensor.name.startswith(prefix):
                 continue
             name, storage = tensor.name.removeprefix(prefix), _STORAGES.get(tensor.data_type)
-            for quantized in ("int8", "int4"):
+            for quantized in _QUANTIZED:
                 if name.endswith(f".{quantized}.weight"):
-                    name, storage = name.removesuffix(f".{quantized}.weight"), quantized  # type: ignore[assignment]
+                    name, storage = name.removesuffix(f".{quantized}.weight"), quantized
             base, _, part = name.rpartition(".part")
             if storage is not None:
                 found[base if part.isdigit() else name] = storage
@@ -214,3 +228,4 @@ def stored_as(bundle: Bundle, prefix: str) -> dict[str, Storage]:
 
 
 _STORAGES: dict[int, Storage] = {TensorProto.FLOAT16: "fp16"}
+_QUANTIZED: tuple[Storage, ...] = ("int8", "int4")

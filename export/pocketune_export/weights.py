@@ -68,7 +68,7 @@ class WeightStore:
     def _write(self, key: str, file: str, array: NDArray[np.float32], storage: Storage) -> Stored:
         parts: dict[str, NDArray[np.generic]] = {}
         if storage in ("int8", "int4") and array.dtype == np.float32:
-            quantized = quantize(array, storage=storage, block=self.block)  # type: ignore[arg-type]
+            quantized = quantize(array, storage=storage, block=self.block)
             parts = {"weight": quantized.values, "scale": quantized.scales}
         elif storage == "fp16" and array.dtype == np.float32 and array.nbytes >= INLINE_BYTES:
             if np.abs(array).max() > FP16_MAX:

@@ -1,0 +1,143 @@
+"""Writes one bundle: lowers captures, stores their weights, collects what the manifest says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+
+from pocketune_export import manifest as m
+from pocketune_export.bundle import describe_file, seal
+from pocketune_export.capture import Capture
+from pocketune_export.onnx import lower
+from pocketune_export.onnx_builder import OPSET
+from pocketune_export.planning import activation_bytes, planned_memory
+from pocketune_export.quantize import Storage
+from pocketune_export.weights import WeightPart, WeightStore
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A captured graph and its place in a bundle.
+
+    Attributes:
+        name: of the graph.
+        role: what it is for.
+        block: which block or encoder, where there is one graph for each.
+        parameters: the slice of the flat vector that it takes, if it takes any.
+        capture: the graph.
+    """
+
+    name: str
+    role: m.Role
+    block: int | None
+    parameters: tuple[int, int] | None
+    capture: Capture
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model whose graphs share weights.
+
+    Attributes:
+        prefix: put before the names of its weights.
+        load: a weight by name.
+        file_of: the bundle path of the file for a weight's name.
+    """
+
+    prefix: str
+    load: Callable[[str], Tensor]
+    file_of: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the manifest says of the model and the recipe, whatever the bundle's weights are."""
+
+    model: m.Model
+    recipe: dict[str, object]
+    plan: m.Plan
+    batch: m.Batch
+    lora: m.Lora
+    optimizer: m.Optimizer
+    noise_schedule: m.NoiseSchedule
+    text_encoders: tuple[m.TextEncoder, ...]
+    vae: m.Vae
+
+
+class BundleWriter:
+    """A bundle in the making."""
+
+    def __init__(self, folder: Path, *, weights: Storage, block: int | None) -> None:
+        """Write into an empty folder.
+
+        Args:
+            folder: exists.
+            weights: how matrices are stored.
+            block: int8 and int4 weights that share a scale; None for a row.
+        """
+        self._folder = folder
+        self._store = WeightStore(folder, wanted=weights, block=block)
+        self._parts: dict[str, WeightPart] = {}
+        self._graphs: list[m.Graph] = []
+        self._files: list[str] = []
+
+    def add_graph(self, traced: Traced, component: Component) -> None:
+        """Lower a capture and write it, with the weights that no graph used before.
+
+        Raises:
+            ModelError: it cannot be lowered.
+        """
+        if component.prefix not in self._parts:
+            self._parts[component.prefix] = WeightPart(self._store, component.prefix, component.load, component.file_of)
+        lowered = lower(traced.capture, self._parts[component.prefix])
+        self.add_file(f"{traced.name}.onnx", lowered.content)
+        graph = m.Graph(
+            name=traced.name,
+            file=f"{traced.name}.onnx",
+            role=traced.role,
+            block=traced.block,
+            parameters=traced.parameters,
+            inputs=traced.capture.inputs,
+            outputs=traced.capture.outputs,
+            weights=lowered.files,
+            weight_bytes=lowered.weight_bytes,
+            activation_bytes=activation_bytes(lowered.content),
+        )
+        self._graphs.append(graph)
+
+    def add_file(self, path: str, content: bytes) -> None:
+        """Write a file of its own."""
+        (self._folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / path).write_bytes(content)
+        self._files.append(path)
+
+    def finish(self, described: Described) -> m.Manifest:
+        """Close the weight files and write the manifest."""
+        files = [m.File(path=path, bytes=size, sha256=digest) for path, (size, digest) in self._store.close().items()]
+        files += [describe_file(self._folder, path) for path in self._files]
+        manifest = m.Manifest(
+            schema_version=1,
+            pocketune_version=version("pocketune"),
+            backend="onnx",
+            opset=OPSET,
+            **vars(described),
+            weights=m.Weights(storage=self._store.wanted, block=self._store.block),
+            memory=planned_memory(self._graphs),
+            graphs=tuple(self._graphs),
+            files=tuple(sorted(files, key=lambda file: file.path)),
+        )
+        seal(self._folder, manifest)
+        return manifest
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file with its header sorted, so that equal tensors and metadata give equal bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
