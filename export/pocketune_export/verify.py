@@ -170,7 +170,7 @@ def _keep_gradient(parameter: nn.Parameter, name: str, kept: dict[str, Tensor]) 
         if of.grad is not None:
             kept[name] = of.grad.clone()
 
-    parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+    parameter.register_post_accumulate_grad_hook(keep)
 
 
 @dataclass
