@@ -12,3 +12,5 @@ EDGE_LOSS = 2e-5
 EDGE_PARAMETER = 1e-5
 # Sampled pixels, of 255 levels: a rounding away from the boundary of two levels.
 EDGE_IMAGE_LEVELS = 1
+# A difference of two float32 losses over 2e-3, against the exact slope, relative to the gradient's norm.
+DIRECTIONAL_DERIVATIVE = 2e-2

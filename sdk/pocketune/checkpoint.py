@@ -29,8 +29,9 @@ class Progressed:
 class CheckpointFolder:
     """`step-NNNNNN.safetensors` files; the newest two are kept.
 
-    Tensors are named "parameter.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME"; the metadata holds step, losses and a
-    fingerprint of all that must not change between the parts of a run.
+    Tensors are named "parameter.NAME", "exp_avg.NAME" and "exp_avg_sq.NAME", and "updates.NAME" holds how often AdamW updated
+    a parameter where that is not once a step; the metadata holds step, losses and a fingerprint of all that must not change
+    between the parts of a run.
     """
 
     def __init__(self, folder: Path, *, fingerprint: str) -> None:
@@ -47,6 +48,8 @@ class CheckpointFolder:
             tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
             state = optimizer.state.get(parameter, {})
             tensors |= {f"{moment}.{name}": state[moment].cpu().contiguous() for moment in _MOMENTS if moment in state}
+            if "step" in state and int(state["step"]) != step:
+                tensors[f"updates.{name}"] = state["step"].cpu()
         metadata = {"step": str(step), "losses": json.dumps(losses), "fingerprint": self._fingerprint}
         path = self.folder / f"step-{step:06d}.safetensors"
         with replacing(path) as partial:
@@ -80,7 +83,8 @@ class CheckpointFolder:
                 parameter.copy_(tensors[f"parameter.{name}"])
             if f"exp_avg.{name}" in tensors:
                 moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-                optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                updates = tensors.get(f"updates.{name}", torch.tensor(float(step)))
+                optimizer.state[parameter] = {"step": updates, **moments}
         return Progressed(step, tuple(json.loads(metadata["losses"])))
 
     def _all(self) -> list[Path]:

@@ -46,6 +46,14 @@ class Recipe(BaseModel):
     mode_scale: float = 1.29
     precondition_outputs: bool = Field(default=True, description="Compare clean latents (EDM preconditioning), not velocities.")
 
+    gradient: Literal["backprop", "zeroth_order"] = Field(
+        default="backprop", description="How the gradient is had; zeroth order needs forward passes alone."
+    )
+    zo_learning_rate: float = Field(default=1e-4, gt=0, description="Of zeroth-order steps, which are plain descent.")
+    zo_epsilon: float = Field(default=1e-2, gt=0, description="How far a zeroth-order step looks along its directions.")
+    zo_queries: int = Field(default=1, ge=1, description="Random directions a zeroth-order step.")
+    zo_two_sided: bool = Field(default=True, description="Look both ways along a direction, or one way and from the centre.")
+
     rank: int = Field(default=4, ge=1, description="LoRA rank; alpha equals it.")
     lora_targets: tuple[str, ...] | None = Field(default=None, description="Linear names inside a block; default: attention.")
 

@@ -1,16 +1,19 @@
-"""The training loop: AdamW over the adapter's parameters, replaying draws, with checkpoints."""
+"""The training loop: AdamW or plain descent over the adapter's parameters, replaying draws, with checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RunError
 from pocketune.features.cache import FeatureCache
 from pocketune.features.precompute import key_of
+from pocketune.gradients.backprop import Backprop
+from pocketune.gradients.base import Estimate
+from pocketune.gradients.zeroth_order import ZerothOrder
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
@@ -56,8 +59,11 @@ def train(
     losses = list(progressed.losses)
     try:
         for step in range(progressed.step, recipe.steps):
-            features = _features(cache, batches[step], make_batch)
-            loss = train_step(adapter, parameters, plan, recipe, make_batch(batches[step], features), optimizer)
+            batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
+            if recipe.gradient == "zeroth_order":
+                loss = zeroth_order_step(adapter, parameters, plan, recipe, batch, step=step)
+            else:
+                loss = train_step(adapter, parameters, plan, recipe, batch, optimizer)
             if not torch.isfinite(torch.tensor(loss)):
                 msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
                 raise RunError(msg)
@@ -85,19 +91,56 @@ def train_step(
     batch: Batch,
     optimizer: torch.optim.AdamW,
 ) -> float:
-    """One step: loss, backward, clip, update; the loss before the update."""
-    output = predict(adapter, plan, batch, use_residuals=recipe.use_residuals)
-    if batch.objective == "flow":
-        loss = flow_matching_loss(
-            output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
-        )
-    else:
-        loss = diffusion_loss(output, batch)
-    torch.autograd.backward(loss)
+    """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update."""
+    estimate = Backprop()(lambda: loss_of(adapter, plan, recipe, batch), parameters, step=0)
     torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return estimate.loss
+
+
+def zeroth_order_step(
+    adapter: DenoiserAdapter,
+    parameters: dict[str, nn.Parameter],
+    plan: BlockPlan,
+    recipe: Recipe,
+    batch: Batch,
+    *,
+    step: int,
+) -> float:
+    """One step of forward passes alone: losses along random directions, then plain descent; the loss before the update.
+
+    Paper: MeZO (Malladi et al. 2023), algorithm 1.
+    """
+    estimator = ZerothOrder(
+        adapter.model,
+        seed=recipe.seed,
+        queries=recipe.zo_queries,
+        epsilon=recipe.zo_epsilon,
+        two_sided=recipe.zo_two_sided,
+    )
+    estimate = estimator(lambda: loss_of(adapter, plan, recipe, batch), parameters, step=step)
+    descend(parameters, estimate, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+    return estimate.loss
+
+
+@torch.no_grad()
+def descend(parameters: Mapping[str, nn.Parameter], estimate: Estimate, *, learning_rate: float, weight_decay: float) -> None:
+    """Plain descent with decoupled weight decay, without moments, one parameter at a time."""
+    for name, parameter in parameters.items():
+        gradient = estimate.gradient(name)
+        if gradient is not None:
+            parameter.mul_(1 - learning_rate * weight_decay).sub_(gradient, alpha=learning_rate)
+
+
+def loss_of(adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe, batch: Batch) -> Tensor:
+    """The loss that the architecture is trained with, a scalar."""
+    output = predict(adapter, plan, batch, use_residuals=recipe.use_residuals)
+    if batch.objective == "flow":
+        return flow_matching_loss(
+            output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs
+        )
+    return diffusion_loss(output, batch)
 
 
 def _features(cache: FeatureCache | None, draws: Sequence[Draw], make_batch: BatchMaker) -> Features:

@@ -65,10 +65,11 @@ def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}])
 def test_interrupted_and_resumed_equals_unbroken(
-    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, object]
 ) -> None:
-    recipe = quick_recipe(skip="0-1,5", steps=5, checkpoint_every=100)
+    recipe = quick_recipe(skip="0-1,5", steps=5, checkpoint_every=100, **changes)
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
 
     def stop_at_three(event: Progress) -> None:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     CLASS_IMAGES = 1
     NOISE = 2
     SAMPLING = 3
+    PERTURBATION = 4
 
 
 def words(seed: int, stream: Stream, count: int, *, purpose: int = 0, index: int = 0) -> NDArray[np.uint64]:

@@ -1,0 +1,1 @@
+"""How the gradient of a loss is had."""
