@@ -1,4 +1,4 @@
-"""Verify a bundle: the same steps with eager PyTorch and on ONNX Runtime, compared by name.
+"""Verify a bundle: the same steps with eager PyTorch and on the edge runtime, compared by name.
 
 The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -24,17 +23,14 @@ from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
 from pocketune.step import Batch
 from pocketune.train import new_optimizer, train_step
-from pocketune_export.bundle import Bundle
-from pocketune_export.manifest import Manifest, TensorSpec
+from pocketune_edge.bundle import Bundle
+from pocketune_edge.manifest import Manifest, TensorSpec
 from pocketune_export.quantize import Storage, stored_value
-from pocketune_export.replay import State, hyper_parameters, one_graph, streaming
+from pocketune_export.replay import Mode, Replay, State
 from pocketune_export.weights import plain_name
 
 TOLERANCE = 1e-5
 """Largest allowed difference: of a parameter, absolute; of the loss, relative; of gradients, relative to the largest of all."""
-
-Mode = Literal["one graph", "streaming"]
-_STEPS_BY: Mapping[Mode, Callable[..., object]] = {"one graph": one_graph, "streaming": streaming}
 
 
 @dataclass(frozen=True)
@@ -108,14 +104,13 @@ def verify(
     for name in names:
         _keep_gradient(parameters[name], name, gradients)
     optimizer = new_optimizer(parameters, recipe)
-    run_step = one_graph(bundle) if mode == "one graph" else streaming(bundle)
+    replay = Replay(bundle, mode)
     state = State.start(torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy())
     worst = _Worst()
     for number in range(1, steps + 1):
         batch = random_batch(manifest, seed=seed + number)
         loss = train_step(adapter, parameters, plan, recipe, as_batch(manifest, batch), optimizer)
-        given = {name: tensor.numpy() for name, tensor in batch.items()} | hyper_parameters(bundle, number)
-        result = run_step(state, given)
+        result = replay.step(state, {name: tensor.numpy() for name, tensor in batch.items()}, number=number)
         state = result.state
         worst.loss = max(worst.loss, abs(loss - result.loss) / abs(loss))
         largest = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -214,7 +209,7 @@ def stored_as(bundle: Bundle, prefix: str) -> dict[str, Storage]:
     """How the weights of one component are stored, by name, as the graphs say."""
     found: dict[str, Storage] = {}
     for graph in bundle.manifest.graphs:
-        for tensor in onnx.load(bundle.path(graph.file), load_external_data=False).graph.initializer:
+        for tensor in onnx.load_model_from_string(bundle.read(graph.file)).graph.initializer:
             if not tensor.name.startswith(prefix):
                 continue
             name, storage = tensor.name.removeprefix(prefix), _STORAGES.get(tensor.data_type)

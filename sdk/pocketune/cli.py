@@ -94,7 +94,7 @@ def personalize(
         "batch_size": batch_size,
         "learning_rate": learning_rate,
     }
-    with _clear_errors(run=out):
+    with clear_errors(run=out):
         settings = _recipe(recipe, asked)
         run_job = _import_personalize()
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
@@ -125,7 +125,7 @@ def sample(
     quiet: QuietOption = False,
 ) -> None:
     """Make images with a trained LoRA."""
-    with _clear_errors():
+    with clear_errors():
         paths = _image_paths(out, len(prompt))
         record = RunRecord.read(source / RECORD_FILE) if (source / RECORD_FILE).is_file() else None
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
@@ -157,7 +157,7 @@ def inspect(
     """Say what a file or folder is, without running or loading anything in it."""
     from pocketune.inspection import inspect as look
 
-    with _clear_errors():
+    with clear_errors():
         found = look(path)
     if as_json:
         typer.echo(json.dumps(found.as_dict()))
@@ -173,7 +173,7 @@ def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can do."""
     from pocketune.doctor import examine
 
-    with _clear_errors():
+    with clear_errors():
         report = examine()
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
@@ -186,7 +186,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 @contextmanager
-def _clear_errors(*, run: Path | None = None) -> Iterator[None]:
+def clear_errors(*, run: Path | None = None) -> Iterator[None]:
     """Turn the errors that a person can do something about into one line and an exit code; `run` is what could be resumed."""
     try:
         yield
@@ -203,28 +203,28 @@ def _clear_errors(*, run: Path | None = None) -> Iterator[None]:
 
 
 def _import_personalize() -> Callable[..., RunRecord]:
-    with _needing_train_extra():
+    with needing_extra("train"):
         from pocketune.job import personalize as run_job
     return run_job
 
 
 def _import_generate() -> Callable[..., list[Image.Image]]:
-    with _needing_train_extra():
+    with needing_extra("train"):
         from pocketune.sample import generate
     return generate
 
 
 @contextmanager
-def _needing_train_extra() -> Iterator[None]:
-    """Import training libraries: say so where they are missing, and keep their remarks at import off the screen."""
+def needing_extra(extra: str) -> Iterator[None]:
+    """Import the libraries of an extra: say so where they are missing, and keep their remarks at import off the screen."""
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "pocketune":
+        if error.name is None or error.name.split(".")[0].startswith("pocketune"):
             raise
-        msg = f"this command needs {error.name}, which is not installed. Run: pip install 'pocketune[train]'"
+        msg = f"this command needs {error.name}, which is not installed. Run: pip install 'pocketune[{extra}]'"
         raise PocketuneError(msg) from error
 
 

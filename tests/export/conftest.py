@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
-from pocketune_export.bundle import Bundle, open_bundle
+from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_export.exporter import Variant, export_variants
 
 VARIANTS: dict[str, dict[str, object]] = {

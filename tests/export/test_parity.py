@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from pocketune.models.load import ModelFolder
-from pocketune_export.bundle import Bundle
-from pocketune_export.replay import State, hyper_parameters, one_graph, streaming
+from pocketune_edge.bundle import Bundle
+from pocketune_export.replay import Replay, State
 from pocketune_export.verify import TOLERANCE, random_batch, verify
 from tests.export.conftest import Exporting
 
@@ -30,7 +30,7 @@ def test_storages_differ(bundles: Mapping[str, Bundle]) -> None:
     for name, bundle in bundles.items():
         given = {key: tensor.numpy() for key, tensor in random_batch(bundle.manifest, seed=3).items()}
         state = State.start(np.full(bundle.manifest.lora.flat_elements, 0.01, np.float32))
-        losses[name] = one_graph(bundle)(state, given | hyper_parameters(bundle, 1)).loss
+        losses[name] = Replay(bundle).step(state, given, number=1).loss
     assert len(set(losses.values())) == len(losses)
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-3)
     assert losses["int4"] == pytest.approx(losses["fp32"], rel=0.2)
@@ -39,13 +39,12 @@ def test_storages_differ(bundles: Mapping[str, Bundle]) -> None:
 @pytest.mark.parametrize("storage", ["fp32", "int4"])
 def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str) -> None:
     bundle = bundles[storage]
-    whole, parts = one_graph(bundle), streaming(bundle)
+    whole, parts = Replay(bundle), Replay(bundle, "streaming")
     generator = np.random.default_rng(1)
     state = State.start((generator.standard_normal(bundle.manifest.lora.flat_elements) * 0.05).astype(np.float32))
     for number in (1, 2):
         given = {name: tensor.numpy() for name, tensor in random_batch(bundle.manifest, seed=number).items()}
-        given |= hyper_parameters(bundle, number)
-        first, second = whole(state, given), parts(state, given)
+        first, second = (replay.step(state, given, number=number) for replay in (whole, parts))
         assert second.loss == pytest.approx(first.loss, rel=1e-6)
         largest = np.abs(first.gradients).max()
         np.testing.assert_allclose(second.gradients, first.gradients, rtol=0, atol=1e-6 * largest)
@@ -56,7 +55,7 @@ def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str)
 def test_verification_finds_a_wrong_weight(bundles: Mapping[str, Bundle], small_model: ModelFolder) -> None:
     """A changed weight must show, or passing would mean nothing."""
     bundle = bundles["fp32"]
-    path = bundle.path("weights/block-02.bin")
+    path = bundle.path / "weights/block-02.bin"
     original = path.read_bytes()
     try:
         weights = np.frombuffer(original, np.float32).copy()
@@ -72,7 +71,7 @@ def test_weights_are_stored_once(bundles: Mapping[str, Bundle]) -> None:
     for storage, bundle in bundles.items():
         places: dict[str, tuple[str, ...]] = {}
         for graph in bundle.manifest.graphs:
-            model = onnx.load(bundle.path(graph.file), load_external_data=False)
+            model = onnx.load_model_from_string(bundle.read(graph.file))
             for tensor in model.graph.initializer:
                 if tensor.data_location == onnx.TensorProto.EXTERNAL:
                     place = tuple(entry.value for entry in tensor.external_data)

@@ -206,9 +206,9 @@ def test_mistakes_of_the_program_are_not_dressed_up(job: FakeJob) -> None:
 
 
 def test_missing_extra_is_named() -> None:
-    with pytest.raises(PocketuneError, match=r"needs torch.*pocketune\[train\]"), cli._needing_train_extra():
+    with pytest.raises(PocketuneError, match=r"needs torch.*pocketune\[train\]"), cli.needing_extra("train"):
         raise ModuleNotFoundError(name="torch")
-    with pytest.raises(ModuleNotFoundError), cli._needing_train_extra():
+    with pytest.raises(ModuleNotFoundError), cli.needing_extra("train"):
         raise ModuleNotFoundError(name="pocketune.lost")
 
 
