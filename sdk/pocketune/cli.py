@@ -71,6 +71,7 @@ def personalize(
     model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win over it.")] = None,
     skip: Annotated[str | None, typer.Option(help="Blocks not to train: none, auto, or ranges such as 0-3,8-11.")] = None,
+    patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
@@ -86,6 +87,7 @@ def personalize(
     asked = {
         "instance_prompt": instance_prompt,
         "skip": skip,
+        "patches": patches,
         "resolution": resolution,
         "steps": steps,
         "rank": rank,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
 from pocketune.sample import run_pipeline
-from pocketune.sampling.batches import BatchMaker, encode_crops
+from pocketune.sampling.batches import BatchMaker, NoiseSchedule, encode_crops
 from pocketune.sampling.draws import Draw, Kind, draw_samples
+from pocketune.sampling.patches import Patches, patches_of
 from pocketune.step import check_plan, plan_around
 from pocketune.train import train
 
@@ -53,8 +55,18 @@ class Phases:
 
     @property
     def resolution(self) -> int:
-        """Side of the training images in pixels."""
+        """Side, in pixels, of sampled images and, unless patches are asked for, of the training images."""
         return self.recipe.resolution or self.folder.native_resolution
+
+    @cached_property
+    def patches(self) -> Patches:
+        """What each draw sees of its photo; `smallest` is the side of the training images."""
+        return patches_of(
+            self.recipe,
+            resolution=self.resolution,
+            unit=self.folder.resolution_unit,
+            noise=NoiseSchedule.of(self.folder.scheduler()).shares(),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +91,7 @@ class Phases:
         self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
 
     def check_resolution(self) -> None:
-        """Refuse a resolution that the model cannot work at."""
+        """Refuse a resolution that the model cannot work at, and patches that do not fit it."""
         unit, largest = self.folder.resolution_unit, self.folder.largest_resolution
         if self.resolution % unit or self.resolution > (largest or self.resolution):
             nearest = max(unit, round(self.resolution / unit) * unit)
@@ -89,6 +101,7 @@ class Phases:
                 f"Try --resolution {nearest}."
             )
             raise PlanError(msg)
+        _ = self.patches
 
     def plan_blocks(self) -> BlockPlan:
         """Which blocks are skipped; refuses what makes no sense for the architecture."""
@@ -135,15 +148,19 @@ class Phases:
     ) -> tuple[tuple[Draw, ...], tuple[Draw, ...], BatchMaker]:
         """Draw all samples and encode their crops."""
         images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
-        draws = draw_samples(self.recipe, [image.size for image in images["instance"]], kind="instance")
-        class_draws = draw_samples(self.recipe, [image.size for image in class_images], kind="class") if class_images else ()
+        draws, class_draws = (
+            draw_samples(self.recipe, [image.size for image in images[kind]], kind=kind, choose_crop=self.patches)
+            if images[kind]
+            else ()
+            for kind in ("instance", "class")
+        )
         with self.phase("latents"):
             vae = self.folder.load_vae(device=self.device)
             posteriors = encode_crops(
                 vae,
                 images,
                 (*draws, *class_draws),
-                resolution=self.resolution,
+                resolution=self.patches.smallest,
                 on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
             )
             del vae
@@ -174,13 +191,13 @@ class Phases:
         distinct = {(draw.kind, draw.index) for draws in batches for draw in draws}
         if self.folder.family.component == "unet":
             needed = len(distinct) * image_cache_bytes(
-                self.folder.empty_denoiser(), plan, side=self.resolution // self.folder.vae_scale, dtype=cache_dtype
+                self.folder.empty_denoiser(), plan, side=self.patches.smallest // self.folder.vae_scale, dtype=cache_dtype
             )
         else:
             needed = cache_bytes(
                 plan,
                 draws=len(distinct),
-                image_tokens=(self.resolution // self.folder.resolution_unit) ** 2,
+                image_tokens=(self.patches.smallest // self.folder.resolution_unit) ** 2,
                 text_tokens=prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0,
                 width=self.folder.width,
                 dtype=cache_dtype,
@@ -193,7 +210,7 @@ class Phases:
                 "prompts": [self.recipe.instance_prompt, self.recipe.class_prompt, self.recipe.class_images],
                 "skipped": plan.skipped,
                 "draws": [[draw.as_dict() for draw in draws] for draws in batches],
-                "resolution": self.resolution,
+                "resolution": self.patches.smallest,
                 "dtypes": [self.recipe.dtype, self.recipe.cache_dtype],
             }
         )
@@ -288,7 +305,8 @@ class Phases:
             "trained_parameters": self.trained_parameters,
             "residuals": bool(plan.skipped) and self.recipe.use_residuals,
             "feature_cache_bytes": cache.size_bytes if cache else 0,
-            "resolution": self.resolution,
+            "resolution": self.patches.smallest,
+            "patches": self.patches.describe(),
             "device": str(self.device),
             "dtype": self.recipe.dtype,
         }

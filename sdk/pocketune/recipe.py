@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pocketune.errors import RecipeError
 
@@ -35,6 +35,15 @@ class Recipe(BaseModel):
     resolution: int | None = Field(
         default=None, ge=16, description="Side of the training images in pixels; default: the model's."
     )
+    patches: Literal["none", "dynamic", "resize", "high-to-low", "random"] = Field(
+        default="none",
+        description="Train on patches of the photos: dynamic ones are larger at more noise; the rest are ablations.",
+    )
+    patch_min: int | None = Field(
+        default=None, ge=16, description="Side of the smallest patch and of all training images; default: half the resolution."
+    )
+    patch_max: int | None = Field(default=None, ge=16, description="Side of the largest patch; default: the resolution.")
+
     steps: int = Field(default=500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -65,6 +74,19 @@ class Recipe(BaseModel):
     sample_steps: int = Field(default=28, ge=1)
     guidance_scale: float = Field(default=7.0, ge=0)
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        """Refuse options without effect, whatever the model: each would mean that something else was wanted."""
+        if self.patches == "none" and (self.patch_min or self.patch_max):
+            msg = (
+                'patch_min and patch_max are sizes of patches, and there are none. Set patches = "dynamic", or leave them out.'
+            )
+            raise ValueError(msg)
+        if self.patches == "resize" and self.patch_max:
+            msg = 'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.'
+            raise ValueError(msg)
+        return self
+
     @classmethod
     def create(cls, **values: Any) -> Self:
         """Validate values given by a person.
@@ -75,7 +97,9 @@ class Recipe(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+            faults = "; ".join(
+                f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            )
             msg = f"the recipe is not valid: {faults}. `pocketune personalize --help` lists the fields."
             raise RecipeError(msg) from error
 

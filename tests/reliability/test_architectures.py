@@ -16,6 +16,7 @@ from tests.tiny_models import BUILDERS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 SKIPS = {"sd15": "2-6", "sd2": "auto", "sdxl": "3-5"}
+PATCHES = {"flux": "dynamic", "sana": "random", "sdxl": "dynamic", "sd2": "resize"}
 STOCK_LOADERS = [name for name in BUILDERS if name != "pixart"]
 
 
@@ -34,7 +35,9 @@ def quick_recipe(**changes: object) -> Recipe:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: Path, tmp_path: Path, name: str) -> None:
     model = tiny_pipelines(name)
-    recipe = quick_recipe(skip=SKIPS.get(name, "0-1,3"), class_prompt="a toy", class_images=1)
+    recipe = quick_recipe(
+        skip=SKIPS.get(name, "0-1,3"), patches=PATCHES.get(name, "none"), class_prompt="a toy", class_images=1
+    )
     before = torch.get_rng_state()
     record = personalize(toy_photos, model=model.path, recipe=recipe, out=tmp_path / "run")
     assert torch.equal(before, torch.get_rng_state())
@@ -42,6 +45,7 @@ def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: P
     assert record.check.nonzero and record.check.loads and record.check.image_change > 0
     assert record.model_kind == model.denoiser_kind
     assert record.plan["feature_cache_bytes"] > 0
+    assert record.plan["resolution"] == (32 if name in PATCHES else 64)
     assert record.recipe.weighting_scheme == "none"
 
     stored = load_file(tmp_path / "run" / LORA)

@@ -63,7 +63,14 @@ def test_embedding_page_shows_progress_stops_and_goes_on(
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/concepts.md", "docs/models.md", "docs/methods/block-skip.md", "docs/decisions/0001-absolute-prefix.md"]
+    "page",
+    [
+        "docs/concepts.md",
+        "docs/models.md",
+        "docs/methods/block-skip.md",
+        "docs/methods/dynamic-patches.md",
+        "docs/decisions/0001-absolute-prefix.md",
+    ],
 )
 def test_code_of_the_other_pages_runs(page: str) -> None:
     found = blocks(page)

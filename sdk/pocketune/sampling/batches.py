@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -63,6 +65,10 @@ class NoiseSchedule:
             raise ModelError(msg)
         signal = scheduler.alphas_cumprod[scheduler.timesteps]
         return cls(scheduler.timesteps, (1 - signal) ** 0.5, signal**0.5, objective)
+
+    def shares(self) -> NDArray[np.float64]:
+        """Each timestep as a share of the largest, t / T, (1000,)."""
+        return np.asarray(self.timesteps.double() / len(self.timesteps))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ replay the same draws, a resumed run goes on with the same ones, and another run
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,7 +21,7 @@ Kind = Literal["instance", "class"]
 
 
 # Second word of the counter, see `philox.words`.
-_ORDER, _SEEDS, _TIMESTEP, _POSTERIOR = range(4)
+_ORDER, _SEEDS, _TIMESTEP, _POSTERIOR, _CROP = range(5)
 
 
 class Asked(Protocol):
@@ -94,7 +94,23 @@ class Draw:
         return asdict(self)
 
 
-def draw_samples(recipe: Asked, sizes: Sequence[tuple[int, int]], *, kind: Kind, timesteps: int = 1000) -> tuple[Draw, ...]:
+ChooseCrop = Callable[[tuple[int, int], int, NDArray[np.float64]], Crop]
+"""Gives the crop of a photo of (width, height) for a timestep index, from three uniform random numbers."""
+
+
+def whole_square(size: tuple[int, int], timestep_index: int, numbers: NDArray[np.float64]) -> Crop:  # noqa: ARG001
+    """The crop of a draw without patches: the largest centred square, whatever the noise."""
+    return centre_crop(size)
+
+
+def draw_samples(
+    recipe: Asked,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    kind: Kind,
+    timesteps: int = 1000,
+    choose_crop: ChooseCrop = whole_square,
+) -> tuple[Draw, ...]:
     """All draws of a run, one for every sample of every step unless the recipe bounds the pool.
 
     Photos come in shuffled rounds; timesteps as in diffusers' SD3 script (`weighting_scheme`, Esser et al. 2024, section 3.1).
@@ -104,11 +120,12 @@ def draw_samples(recipe: Asked, sizes: Sequence[tuple[int, int]], *, kind: Kind,
         sizes: (width, height) of each image.
         kind: which images these are.
         timesteps: how many the scheduler trains on.
+        choose_crop: `patches.Patches`, where patches are wanted.
     """
     count = recipe.steps * recipe.batch_size
     if recipe.draws is not None:
         count = min(count, recipe.draws)
-    return tuple(_draw(recipe, index, sizes, kind, timesteps) for index in range(count))
+    return tuple(_draw(recipe, index, sizes, kind, timesteps, choose_crop) for index in range(count))
 
 
 def step_draws(recipe: Asked, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
@@ -163,7 +180,9 @@ def timestep_density(recipe: Asked, *, uniform: float, normal: float) -> float:
     return uniform
 
 
-def _draw(recipe: Asked, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, timesteps: int) -> Draw:
+def _draw(
+    recipe: Asked, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, timesteps: int, choose_crop: ChooseCrop
+) -> Draw:
     stream = Stream.PHOTOS if kind == "instance" else Stream.CLASS_IMAGES
     round_number, place = divmod(index, len(sizes))
     shuffled = np.argsort(words(recipe.seed, stream, len(sizes), purpose=_ORDER, index=round_number), kind="stable")
@@ -174,11 +193,12 @@ def _draw(recipe: Asked, index: int, sizes: Sequence[tuple[int, int]], kind: Kin
         uniform=float(uniforms(raw)[1]),
         normal=float(normals(recipe.seed, stream, (1,), purpose=_TIMESTEP, index=index)[0]),
     )
+    timestep_index = min(max(int(density * timesteps), 0), timesteps - 1)
     return Draw(
         index=index,
         kind=kind,
         image=image,
-        crop=centre_crop(sizes[image]),
-        timestep_index=min(max(int(density * timesteps), 0), timesteps - 1),
+        crop=choose_crop(sizes[image], timestep_index, uniforms(words(recipe.seed, stream, 3, purpose=_CROP, index=index))),
+        timestep_index=timestep_index,
         noise_seed=int(raw[0]) >> 1,
     )
