@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from pocketune.memory import read_memory
 from pocketune.progress import Progress
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.delta import LORA_FILE, load_lora
+from pocketune_edge.display import Display, duration, printable, say
 from pocketune_edge.errors import SettingError
 from pocketune_edge.job import RECORD_FILE, personalize
 from pocketune_edge.sample import render
@@ -26,8 +27,6 @@ from pocketune_edge.settings import CHANGEABLE, settings_of
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-_LINE_INTERVAL_S = 10.0
-_REDRAW_INTERVAL_S = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,20 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command(given)
     except Interrupted as error:
-        _say(f"interrupted: {_printable(str(error))}", sys.stderr)
+        say(f"interrupted: {printable(str(error))}", sys.stderr)
         return EXIT_INTERRUPTED
     except PocketuneError as error:
-        _say(f"error: {_printable(str(error))}", sys.stderr)
+        say(f"error: {printable(str(error))}", sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         resumable = hasattr(given, "resume") and given.out.exists()
-        _say(f"interrupted: give the same command {'with --resume to go on' if resumable else 'to start again'}.", sys.stderr)
+        say(f"interrupted: give the same command {'with --resume to go on' if resumable else 'to start again'}.", sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pocketune-edge", description="Personalize and sample from an exported bundle.")
+    parser.add_argument("--version", action="version", version=f"pocketune-edge {version('pocketune')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("personalize", help="train a LoRA of the subject in some photos")
@@ -97,7 +97,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _personalize(given: argparse.Namespace) -> None:
     changes = {name: getattr(given, name) for name in CHANGEABLE if hasattr(given, name)}
-    with _Display(quiet=given.quiet) as display:
+    with Display(sys.stderr, quiet=given.quiet) as display:
         record = personalize(
             given.bundle,
             given.photos,
@@ -117,17 +117,17 @@ def _personalize(given: argparse.Namespace) -> None:
         **{name: record[name] for name in ("streaming", "seconds", "peaks")},
     }
     if given.json:
-        _say(json.dumps(result))
+        say(json.dumps(result))
     elif not given.quiet:
         peak = max(reading["rss_bytes"] for reading in record["peaks"].values())
-        _say(f"lora    {result['lora']}")
-        _say(f"record  {result['record']}")
-        _say(f"took    {sum(record['seconds'].values()):.0f} s, at most {peak / 1e6:.0f} MB of memory")
+        say(f"lora    {result['lora']}")
+        say(f"record  {result['record']}")
+        say(f"took    {duration(sum(record['seconds'].values()))}, at most {peak / 1e6:.0f} MB of memory")
 
 
 def _sample(given: argparse.Namespace) -> None:
     paths = _image_paths(given.out, len(given.prompt))
-    with _Display(quiet=given.quiet) as display:
+    with Display(sys.stderr, quiet=given.quiet) as display:
         bundle = open_bundle(given.bundle)
         asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
         settings, _ = settings_of(bundle.manifest, asked)
@@ -142,24 +142,24 @@ def _sample(given: argparse.Namespace) -> None:
             parameters=load_lora(bundle, given.lora).flat if given.lora is not None else empty,
             on_step=lambda done, total: display(_event("samples", done, total, "step")),
         )
+        for image, path in zip(images, paths, strict=True):
+            with replacing(path) as partial:
+                image.save(partial, format="PNG")
         sessions.close()
-    for image, path in zip(images, paths, strict=True):
-        with replacing(path) as partial:
-            image.save(partial, format="PNG")
     if given.json:
-        _say(json.dumps({"images": [str(path) for path in paths], "prompts": given.prompt, "seed": given.seed}))
+        say(json.dumps({"images": [str(path) for path in paths], "prompts": given.prompt, "seed": given.seed}))
     elif not given.quiet:
         for path in paths:
-            _say(str(path))
+            say(str(path))
 
 
 def _inspect(given: argparse.Namespace) -> None:
     facts = describe(open_bundle(given.bundle))
     if given.json:
-        _say(json.dumps(facts))
+        say(json.dumps(facts))
         return
     for name, value in facts.items():
-        _say(f"{name:<22}{_printable(str(value))}")
+        say(f"{name:<22}{printable(str(value))}")
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -193,40 +193,6 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-class _Display:
-    """Progress on stderr: one line that is redrawn in a terminal, now and then a line elsewhere, nothing when quiet."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
-        self._phase = ""
-        self._shown_s = 0.0
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal and self._phase:
-            _say("", sys.stderr)
-
-    def __call__(self, event: Progress) -> None:
-        now = time.monotonic()
-        fresh = event.phase != self._phase
-        interval = _REDRAW_INTERVAL_S if self._terminal else _LINE_INTERVAL_S
-        if self._quiet or not (fresh or now - self._shown_s >= interval or (self._terminal and event.done == event.total)):
-            return
-        count = f"{event.done}/{event.total} {event.unit}s  " if event.total else ""
-        loss = "" if event.loss is None else f"loss {event.loss:.4f}  "
-        line = f"{event.phase:<12}  {count}{loss}{event.rss_bytes / 1e6:.0f} MB"
-        if self._terminal:
-            start = "\n" if fresh and self._phase else "\r\x1b[K"
-            sys.stderr.write(f"{start}{line}")
-            sys.stderr.flush()
-        else:
-            _say(line, sys.stderr)
-        self._phase, self._shown_s = event.phase, now
-
-
 def _event(phase: str, done: int, total: int, unit: str) -> Progress:
     return Progress(phase=phase, done=done, total=total, unit=unit, rss_bytes=read_memory().rss_bytes)
 
@@ -243,18 +209,6 @@ def _image_paths(out: Path, count: int) -> list[Path]:
         msg = f"cannot write an image named {out.name}: expected --out to end in .png."
         raise RunError(msg)
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:02d}") for number in range(count)]
-
-
-def _say(text: str, stream: TextIO | None = None) -> None:
-    """Write a line, to stdout unless another stream is given."""
-    stream = stream or sys.stdout
-    stream.write(f"{text}\n")
-    stream.flush()
-
-
-def _printable(text: str) -> str:
-    """Text without control characters: file names and manifests may hold terminal commands."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 if __name__ == "__main__":

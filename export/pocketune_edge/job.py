@@ -29,7 +29,7 @@ from pocketune_edge.cache import FeatureCache
 from pocketune_edge.delta import save_lora, start_values
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.features import check_bound, key_of, precompute
-from pocketune_edge.sample import render
+from pocketune_edge.sample import GROUP, render
 from pocketune_edge.session import Sessions
 from pocketune_edge.settings import Settings, fingerprint, settings_of
 from pocketune_edge.settings import key_of as hash_of
@@ -56,14 +56,27 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[Sessions]:
-        """Time a phase, mark it in the memory log, and close its graphs at its end."""
+    def phase(self, name: str, *, kept: bool = False) -> Iterator[Sessions]:
+        """Time a phase, mark it in the memory log, and close its graphs at its end.
+
+        Args:
+            name: of the phase.
+            kept: Ctrl-C loses nothing of what the phase has finished.
+
+        Raises:
+            Interrupted: on Ctrl-C in a phase whose work is kept.
+        """
         self.memory.phase(name)
         self.tell(name, 0, 0, "step")
         began = time.monotonic()
         sessions = Sessions(self.bundle, keep=not self.streaming, threads=self.threads)
         try:
             yield sessions
+        except KeyboardInterrupt as error:
+            if not kept:
+                raise
+            msg = f"stopped while making {name}; what is done is kept. Give the same command with --resume to go on."
+            raise Interrupted(msg) from error
         finally:
             sessions.close()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
@@ -89,20 +102,23 @@ class Job:
         if not prompt:
             return []
         paths = [self.run / "class_images" / f"{number:03d}.png" for number in range(count)]
-        if not all(path.exists() for path in paths):
-            with self.phase("class images") as sessions:
+        # Whole groups, so that each image has the same neighbours in its batch when a stopped run goes on.
+        groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
+        missing = [number for group in groups if not all(paths[number].exists() for number in group) for number in group]
+        if missing:
+            with self.phase("class images", kept=True) as sessions:
                 images = render(
                     sessions,
-                    [prompt] * count,
-                    seeds=[self.settings.seed + number for number in range(count)],
+                    [prompt] * len(missing),
+                    seeds=[self.settings.seed + number for number in missing],
                     steps=self.settings.sample_steps,
                     guidance=self.settings.guidance_scale,
                     parameters=np.zeros(self.bundle.manifest.lora.flat_elements, np.float32),
                     on_step=lambda done, total: self.tell("class images", done, total, "step"),
                 )
-            for image, path in zip(images, paths, strict=True):
-                with replacing(path) as partial:
-                    image.save(partial, format="PNG")
+                for number, image in zip(missing, images, strict=True):
+                    with replacing(paths[number]) as partial:
+                        image.save(partial, format="PNG")
         return [Image.open(path).convert("RGB") for path in paths]
 
     def prepare_samples(
@@ -135,19 +151,15 @@ class Job:
         bfloat16 = self.settings.cache_dtype == "bfloat16"
         distinct = {key_of(draw) for draws in batches for draw in draws}
         check_bound(self.bundle.manifest, draws=len(distinct), limit_mb=self.settings.cache_limit_mb, bfloat16=bfloat16)
-        with self.phase("features") as sessions:
+        with self.phase("features", kept=True) as sessions:
             cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=bfloat16)
-            try:
-                precompute(
-                    Denoiser(sessions),
-                    batches,
-                    make_batch,
-                    cache,
-                    on_sample=lambda done, total: self.tell("features", done, total, "sample"),
-                )
-            except KeyboardInterrupt as error:
-                msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
-                raise Interrupted(msg) from error
+            precompute(
+                Denoiser(sessions),
+                batches,
+                make_batch,
+                cache,
+                on_sample=lambda done, total: self.tell("features", done, total, "sample"),
+            )
         return cache
 
     def train(

@@ -6,7 +6,7 @@ generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +32,8 @@ def render(
     guidance: float,
     parameters: Floats,
     on_step: Callable[[int, int], None],
-) -> list[Image.Image]:
-    """Sample an image for each prompt.
+) -> Iterator[Image.Image]:
+    """Sample an image for each prompt, in their order, some at a time.
 
     Args:
         sessions: of a bundle.
@@ -46,18 +46,16 @@ def render(
     """
     encoded = encode_prompts(sessions, [*prompts, ""] if guidance > 1 else prompts)
     shape = (1, *sessions.bundle.manifest.batch.latent_shape)
-    noise = [normals(seed, Stream.SAMPLING, shape).astype(np.float32) for seed in seeds]
     total = len(prompts) * steps
-    latents: list[Floats] = []
     for start in range(0, len(prompts), GROUP):
         chosen = range(start, min(start + GROUP, len(prompts)))
 
         def tell(step: int, before: int = start * steps, images: int = len(chosen)) -> None:
             on_step(before + step * images, total)
 
-        latents += denoise(
+        latents = denoise(
             Denoiser(sessions),
-            [noise[number] for number in chosen],
+            [normals(seeds[number], Stream.SAMPLING, shape).astype(np.float32) for number in chosen],
             [encoded[prompts[number]] for number in chosen],
             encoded.get("") if guidance > 1 else None,
             steps=steps,
@@ -65,7 +63,7 @@ def render(
             parameters=parameters,
             on_step=tell,
         )
-    return [to_image(pixels) for pixels in decode(sessions, latents)]
+        yield from (to_image(pixels) for pixels in decode(sessions, latents))
 
 
 def denoise(

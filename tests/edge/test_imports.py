@@ -82,11 +82,3 @@ def test_every_module_and_the_command_line_without_torch(tmp_path: Path) -> None
     done = run("inspect", str(tmp_path / "b"), "--json")
     assert done.returncode == 0, done.stderr
     assert '"trained_parameters": 256' in done.stdout
-
-
-def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = run("inspect", str(tmp_path / "nowhere\x1b[31m"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the bundle ") and "\x1b" not in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
