@@ -239,12 +239,15 @@ def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
     """The recipe's resolution, or the model's own.
 
     Raises:
-        PlanError: the model cannot work at it, or the recipe asks for patches.
+        PlanError: the model cannot work at it, or the recipe asks for patches or for another gradient than backpropagation's.
     """
     side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
     if side % unit or (largest is not None and side > largest):
         bound = "" if largest is None else f" up to {largest}"
         msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
+        raise PlanError(msg)
+    if recipe.gradient != "backprop":
+        msg = f'a bundle cannot hold gradient = "{recipe.gradient}": its graphs backpropagate. Leave gradient out to export.'
         raise PlanError(msg)
     if recipe.patches != "none":
         msg = f'a bundle cannot hold patches = "{recipe.patches}": devices cut whole squares. Leave patches out to export.'

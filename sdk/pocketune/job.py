@@ -26,7 +26,6 @@ from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
 from pocketune.sample import default_device
-from pocketune.sampling.draws import step_draws
 
 MAX_PHOTO_SIDE = 2048
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -79,8 +78,7 @@ def personalize(
         with _run_folder(run, resume=resume, fingerprint=fingerprint):
             prompts = job.encode_prompts()
             class_images = job.make_class_images()
-            draws, class_draws, make_batch = job.prepare_samples(pictures, class_images, prompts)
-            batches = step_draws(recipe, draws, class_draws)
+            batches, make_batch = job.prepare_samples(pictures, class_images, prompts)
             cache = job.fill_cache(
                 plan, batches, make_batch, prompts, Path(features) if features else run / "features", pictures
             )

@@ -20,7 +20,7 @@ from pocketune.checkpoint import CheckpointFolder
 from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
 from pocketune.errors import Interrupted, NoEffectError, PlanError
 from pocketune.features.cache import FeatureCache, cache_key
-from pocketune.features.precompute import cache_bytes, check_bound, image_cache_bytes, precompute
+from pocketune.features.precompute import cache_bytes, check_bound, image_cache_bytes, key_of, precompute
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt
@@ -32,7 +32,8 @@ from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
 from pocketune.sample import run_pipeline
 from pocketune.sampling.batches import BatchMaker, NoiseSchedule, encode_crops
-from pocketune.sampling.draws import Draw, Kind, draw_samples
+from pocketune.sampling.choices import Choice, choose, lower
+from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
 from pocketune.sampling.patches import Patches, patches_of
 from pocketune.step import check_plan, plan_around
 from pocketune.train import train
@@ -52,6 +53,7 @@ class Phases:
     on_progress: OnProgress
     seconds: dict[str, float] = field(default_factory=dict)
     trained_parameters: int = 0
+    choices: tuple[Choice, ...] = ()
 
     @property
     def resolution(self) -> int:
@@ -67,6 +69,12 @@ class Phases:
             unit=self.folder.resolution_unit,
             noise=NoiseSchedule.of(self.folder.scheduler()).shares(),
         )
+
+    @property
+    def low_resolution(self) -> int:
+        """Side of the images that mixed training backpropagates on."""
+        unit = self.folder.resolution_unit
+        return self.recipe.low_resolution or max(unit, self.patches.smallest // 2 // unit * unit)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,6 +110,12 @@ class Phases:
             )
             raise PlanError(msg)
         _ = self.patches
+        if self.recipe.gradient == "mixed" and (self.low_resolution % unit or self.low_resolution >= self.patches.smallest):
+            msg = (
+                f"low_resolution {self.low_resolution} does not fit: expected a multiple of {unit} below that of the "
+                f"training images, {self.patches.smallest}. Leave low_resolution out to take half."
+            )
+            raise PlanError(msg)
 
     def plan_blocks(self) -> BlockPlan:
         """Which blocks are skipped; refuses what makes no sense for the architecture."""
@@ -145,8 +159,8 @@ class Phases:
 
     def prepare_samples(
         self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
-    ) -> tuple[tuple[Draw, ...], tuple[Draw, ...], BatchMaker]:
-        """Draw all samples and encode their crops."""
+    ) -> tuple[list[tuple[Draw, ...]], BatchMaker]:
+        """The draws of each step, with their crops encoded."""
         images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
         draws, class_draws = (
             draw_samples(self.recipe, [image.size for image in images[kind]], kind=kind, choose_crop=self.patches)
@@ -154,13 +168,18 @@ class Phases:
             else ()
             for kind in ("instance", "class")
         )
+        batches = step_draws(self.recipe, draws, class_draws)
+        if self.recipe.gradient == "mixed":
+            self.choices = choose(self.recipe, batches, NoiseSchedule.of(self.folder.scheduler()).shares())
+            batches = lower(batches, self.choices)
         with self.phase("latents"):
             vae = self.folder.load_vae(device=self.device)
             posteriors = encode_crops(
                 vae,
                 images,
-                (*draws, *class_draws),
+                [draw for step in batches for draw in step],
                 resolution=self.patches.smallest,
+                low_resolution=self.low_resolution,
                 on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
             )
             del vae
@@ -173,7 +192,7 @@ class Phases:
             dtype=self.dtype,
             with_sizes=self.folder.family.takes_sizes,
         )
-        return draws, class_draws, make_batch
+        return batches, make_batch
 
     def fill_cache(
         self,
@@ -188,20 +207,14 @@ class Phases:
         if not plan.skipped or not self.recipe.use_residuals:
             return None
         cache_dtype: torch.dtype = getattr(torch, self.recipe.cache_dtype)
-        distinct = {(draw.kind, draw.index) for draws in batches for draw in draws}
-        if self.folder.family.component == "unet":
-            needed = len(distinct) * image_cache_bytes(
-                self.folder.empty_denoiser(), plan, side=self.patches.smallest // self.folder.vae_scale, dtype=cache_dtype
-            )
-        else:
-            needed = cache_bytes(
-                plan,
-                draws=len(distinct),
-                image_tokens=(self.patches.smallest // self.folder.resolution_unit) ** 2,
-                text_tokens=prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0,
-                width=self.folder.width,
-                dtype=cache_dtype,
-            )
+        distinct = {key_of(draw): draw.low for draws in batches for draw in draws}
+        low = sum(distinct.values())
+        text_tokens = prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0
+        needed = sum(
+            count * self._draw_bytes(plan, side=side, text_tokens=text_tokens, dtype=cache_dtype)
+            for count, side in ((len(distinct) - low, self.patches.smallest), (low, self.low_resolution))
+            if count
+        )
         check_bound(needed, limit_mb=self.recipe.cache_limit_mb, draws=len(distinct))
         key = cache_key(
             {
@@ -210,7 +223,7 @@ class Phases:
                 "prompts": [self.recipe.instance_prompt, self.recipe.class_prompt, self.recipe.class_images],
                 "skipped": plan.skipped,
                 "draws": [[draw.as_dict() for draw in draws] for draws in batches],
-                "resolution": self.patches.smallest,
+                "resolution": [self.patches.smallest, self.low_resolution],
                 "dtypes": [self.recipe.dtype, self.recipe.cache_dtype],
             }
         )
@@ -231,6 +244,19 @@ class Phases:
                 raise Interrupted(msg) from error
             del adapter
         return cache
+
+    def _draw_bytes(self, plan: BlockPlan, *, side: int, text_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of one draw's features; side: of the image in pixels."""
+        if self.folder.family.component == "unet":
+            return image_cache_bytes(self.folder.empty_denoiser(), plan, side=side // self.folder.vae_scale, dtype=dtype)
+        return cache_bytes(
+            plan,
+            draws=1,
+            image_tokens=(side // self.folder.resolution_unit) ** 2,
+            text_tokens=text_tokens,
+            width=self.folder.width,
+            dtype=dtype,
+        )
 
     def train(
         self,
@@ -298,6 +324,14 @@ class Phases:
 
     def describe(self, plan: BlockPlan, cache: FeatureCache | None) -> dict[str, Any]:
         """The plan as plain data for the report."""
+        mixed: dict[str, Any] = {}
+        if self.choices:
+            taken = [choice.as_dict() for choice in self.choices]
+            mixed = {
+                "low_resolution": self.low_resolution,
+                "zeroth_order_steps": sum(choice.zeroth_order for choice in self.choices),
+                "choices": taken,
+            }
         return {
             "blocks": plan.block_count,
             "skipped": plan.describe(),
@@ -309,6 +343,7 @@ class Phases:
             "patches": self.patches.describe(),
             "device": str(self.device),
             "dtype": self.recipe.dtype,
+            **mixed,
         }
 
 

@@ -15,8 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from pocketune.memory import MemoryRow
+from pocketune.sampling.choices import Asked as MixAsked
+from pocketune.sampling.choices import Choice, zeroth_order_probability
 
 ACCENT = "#6d6af0"
+ZEROTH_ORDER = "#eda035"
 PHASE_COLOURS = {
     "start": "#8b93a1",
     "photos": "#4f9cf0",
@@ -50,6 +53,26 @@ def loss_plot(losses: Sequence[float]) -> str:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_ylim(bottom=0.0)
     return _svg(figure, name="loss")
+
+
+def choices_plot(choices: Sequence[Choice], recipe: MixAsked) -> str:
+    """The noise of each step of a mixed training, coloured by its kind, as SVG; lines show the probability of zeroth order."""
+    figure, axes = _canvas()
+    for zeroth_order, colour in ((False, ACCENT), (True, ZEROTH_ORDER)):
+        steps = [step for step, choice in enumerate(choices, 1) if choice.zeroth_order is zeroth_order]
+        axes.plot(steps, [choices[step - 1].noise for step in steps], ".", color=colour, markersize=3.0, alpha=0.75)
+    progress, noise = np.linspace(0, 1, 41), np.linspace(0, 1, 41)
+    table = [[zeroth_order_probability(recipe, noise=t, progress=u) for u in progress] for t in noise]
+    levels = [share * recipe.mix_largest for share in (0.1, 0.5, 0.9)]
+    if recipe.mix_largest > 0:
+        axes.contour(
+            1 + progress * max(len(choices) - 1, 1), noise, table, levels=levels, colors=_INK, alpha=0.45, linewidths=0.9
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("noise, t / T")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.set_ylim(0.0, 1.0)
+    return _svg(figure, name="choices")
 
 
 def memory_plot(rows: Sequence[MemoryRow]) -> str:

@@ -55,9 +55,20 @@ class Recipe(BaseModel):
     mode_scale: float = 1.29
     precondition_outputs: bool = Field(default=True, description="Compare clean latents (EDM preconditioning), not velocities.")
 
-    gradient: Literal["backprop", "zeroth_order"] = Field(
-        default="backprop", description="How the gradient is had; zeroth order needs forward passes alone."
+    gradient: Literal["backprop", "zeroth_order", "mixed"] = Field(
+        default="backprop",
+        description="How the gradient is had; zeroth order needs forward passes alone. Mixed: each step either backpropagates "
+        "at low_resolution or takes a zeroth-order step at the training resolution.",
     )
+    low_resolution: int | None = Field(
+        default=None, ge=16, description="Side of the images that mixed training backpropagates on; default: half."
+    )
+    mix_start: float = Field(
+        default=1.2, description="Noise, 0 to 1, at which both kinds of step are equally likely at first; above 1: nowhere."
+    )
+    mix_end: float = Field(default=0.4, description="Noise at which both kinds of step are equally likely in the end.")
+    mix_width: float = Field(default=0.1, gt=0, description="How gradually zeroth order takes over with rising noise.")
+    mix_largest: float = Field(default=1.0, ge=0, le=1, description="Largest probability of a zeroth-order step.")
     zo_learning_rate: float = Field(default=1e-4, gt=0, description="Of zeroth-order steps, which are plain descent.")
     zo_epsilon: float = Field(default=1e-2, gt=0, description="How far a zeroth-order step looks along its directions.")
     zo_queries: int = Field(default=1, ge=1, description="Random directions a zeroth-order step.")
@@ -85,6 +96,15 @@ class Recipe(BaseModel):
         if self.patches == "resize" and self.patch_max:
             msg = 'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.'
             raise ValueError(msg)
+        for prefix, needs, used in (
+            ("zo_", "zeroth_order or mixed", self.gradient != "backprop"),
+            ("mix_", "mixed", self.gradient == "mixed"),
+            ("low_resolution", "mixed", self.gradient == "mixed"),
+        ):
+            for name, field in type(self).model_fields.items():
+                if name.startswith(prefix) and not used and getattr(self, name) != field.default:
+                    msg = f'{name} has no effect with gradient = "{self.gradient}". Set gradient = {needs}, or leave it out.'
+                    raise ValueError(msg)
         return self
 
     @classmethod

@@ -17,13 +17,14 @@ from PIL import Image
 from pocketune.atomic import write_text
 from pocketune.errors import RunError
 from pocketune.record import RunRecord
+from pocketune.sampling.choices import Choice
 
 REPORT_FILE = "report.html"
 RECORD_FILE = "run.json"
 _SAMPLE_SIDE = 512
 _THUMBNAIL_SIDE = 160
 _MAX_THUMBNAILS = 24
-_PLAN_SHOWN_AS_BLOCKS = frozenset({"blocks", "skipped", "trained_blocks", "residuals"})
+_PLAN_SHOWN_ELSEWHERE = frozenset({"blocks", "skipped", "trained_blocks", "residuals", "choices"})
 
 
 def write_report(record: RunRecord, folder: Path) -> None:
@@ -46,12 +47,13 @@ def render_report(record: RunRecord, folder: Path) -> str:
     import jinja2
     from markupsafe import Markup
 
-    from pocketune.plots import ACCENT, loss_plot, memory_plot, phase_colour
+    from pocketune.plots import ACCENT, choices_plot, loss_plot, memory_plot, phase_colour
 
     template = files("pocketune").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    choices = [Choice(**choice) for choice in record.plan.get("choices", ())]
     thumbnails = sorted((folder / "photos").glob("*.jpg"))
     return environment.from_string(template).render(
         record=record,
@@ -59,7 +61,7 @@ def render_report(record: RunRecord, folder: Path) -> str:
         accent=ACCENT,
         tiles=_tiles(record),
         blocks=_block_cells(record.plan),
-        plan={_label(key): _value(key, value) for key, value in record.plan.items() if key not in _PLAN_SHOWN_AS_BLOCKS},
+        plan={_label(key): _value(key, value) for key, value in record.plan.items() if key not in _PLAN_SHOWN_ELSEWHERE},
         recipe={_label(key): _value(key, value) for key, value in record.recipe.model_dump(mode="json").items()},
         pairs=[
             (pair, _embed(folder / pair.before, side=_SAMPLE_SIDE), _embed(folder / pair.after, side=_SAMPLE_SIDE))
@@ -67,6 +69,7 @@ def render_report(record: RunRecord, folder: Path) -> str:
         ],
         photos=[_embed(path, side=_THUMBNAIL_SIDE) for path in thumbnails[:_MAX_THUMBNAILS]],
         loss_svg=Markup(loss_plot(record.losses)) if record.losses else None,  # drawn from numbers alone
+        choices_svg=Markup(choices_plot(choices, record.recipe)) if choices else None,  # drawn from numbers alone
         memory_svg=Markup(memory_plot(record.memory)) if record.memory else None,  # drawn from numbers alone
         phases=[
             {

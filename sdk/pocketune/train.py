@@ -60,7 +60,7 @@ def train(
     try:
         for step in range(progressed.step, recipe.steps):
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
-            if recipe.gradient == "zeroth_order":
+            if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
                 loss = zeroth_order_step(adapter, parameters, plan, recipe, batch, step=step)
             else:
                 loss = train_step(adapter, parameters, plan, recipe, batch, optimizer)

@@ -65,7 +65,9 @@ def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}, {"gradient": "mixed", "mix_start": 0.7}]
+)
 def test_interrupted_and_resumed_equals_unbroken(
     tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, object]
 ) -> None:
@@ -83,6 +85,9 @@ def test_interrupted_and_resumed_equals_unbroken(
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, on_progress=stop_at_three)
     record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, resume=True)
     assert len(record.losses) == 5
+    if "mix_start" in changes:
+        assert 0 < record.plan["zeroth_order_steps"] < 5
+        assert "Steps by kind" in (broken / "report.html").read_text(encoding="utf-8")
     assert (broken / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
 
 
@@ -122,6 +127,7 @@ def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tm
         (PlanError, toy_photos, tiny_folder, {"skip": "0-9"}),
         (PlanError, toy_photos, tiny_folder, {"skip": "0-5"}),
         (PlanError, toy_photos, tiny_folder, {"resolution": 72}),
+        (PlanError, toy_photos, tiny_folder, {"gradient": "mixed", "low_resolution": 64}),
         (PlanError, toy_photos, tiny_folder, {"skip": "0-1", "steps": 2000, "cache_limit_mb": 1}),
     ]
     for error, photos, model, changes in cases:

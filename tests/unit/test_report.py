@@ -16,10 +16,11 @@ from PIL import Image
 
 from pocketune.errors import FileFormatError, RunError
 from pocketune.memory import MemoryReading, MemoryRow
-from pocketune.plots import loss_plot, memory_plot, smooth, thin
+from pocketune.plots import choices_plot, loss_plot, memory_plot, smooth, thin
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord, SamplePair
 from pocketune.report import duration, megabytes, render_report, write_report
+from pocketune.sampling.choices import Choice
 
 EVIL = "<script>alert('x')</script> & \"sks\" toy"
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -255,3 +256,12 @@ def test_plots_are_drawn_for_one_value_and_follow_the_text_colour() -> None:
 def test_durations_and_sizes_are_readable() -> None:
     assert [megabytes(b) for b in (3_240_000, 1_234_000_000, 25_277_000_000)] == ["3.2 MB", "1,234 MB", "25.3 GB"]
     assert [duration(s) for s in (4.24, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 5 min"]
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1.0])
+def test_choices_are_plotted_in_two_colours(largest: float) -> None:
+    recipe = Recipe.create(instance_prompt="a photo of sks toy", gradient="mixed", mix_largest=largest)
+    choices = [Choice(noise=step / 10, probability=step / 10, zeroth_order=step > 6) for step in range(10)]
+    svg = choices_plot(choices, recipe)
+    assert svg.count("#eda035") >= 1 and svg.count("#6d6af0") >= 1
+    assert choices_plot(choices, recipe) == svg

@@ -102,8 +102,9 @@ def precompute(
 
 
 def key_of(draw: Draw) -> int:
-    """The cache's number of a draw: photos even, class images odd."""
-    return 2 * draw.index + (draw.kind == "class")
+    """The cache's number of a draw: photos even, class images odd, and the same below zero at low resolution."""
+    number = 2 * draw.index + (draw.kind == "class")
+    return -1 - number if draw.low else number
 
 
 def _row(features: dict[Span, tuple[torch.Tensor, ...]], row: int) -> dict[Span, tuple[torch.Tensor, ...]]:

@@ -18,7 +18,8 @@ from pocketune.models.base import Prompt
 from pocketune.sampling.draws import Crop, Draw, Kind, cut, noise_for
 from pocketune.step import Batch, Features, Objective
 
-CropKey = tuple[Kind, int, Crop]
+CropKey = tuple[Kind, int, Crop, bool]
+"""Kind, image and crop, and whether it is at low resolution."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def encode_crops(
     draws: Sequence[Draw],
     *,
     resolution: int,
+    low_resolution: int | None = None,
     on_crop: Callable[[int, int], None],
 ) -> dict[CropKey, Posterior]:
     """Encode each distinct crop of the draws once, one at a time.
@@ -87,20 +89,22 @@ def encode_crops(
         images: the photos and the class images, upright RGB.
         draws: whose crops are wanted.
         resolution: side of the resized crops in pixels.
+        low_resolution: that of the draws at low resolution, where there are any.
         on_crop: called with (done, total).
     """
-    wanted = list(dict.fromkeys((draw.kind, draw.image, draw.crop) for draw in draws))
+    wanted = list(dict.fromkeys(_crop_key(draw) for draw in draws))
     shift, scale = float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
     posteriors: dict[CropKey, Posterior] = {}
-    for done, (kind, image, crop) in enumerate(wanted):
-        pixels = torch.from_numpy(cut(images[kind][image], crop, resolution=resolution)[None]).to(vae.device)
+    for done, (kind, image, crop, low) in enumerate(wanted):
+        side = low_resolution if low and low_resolution is not None else resolution
+        pixels = torch.from_numpy(cut(images[kind][image], crop, resolution=side)[None]).to(vae.device)
         encoded = vae.encode(pixels)
         if hasattr(encoded, "latent_dist"):
             mean, std = (encoded.latent_dist.mean - shift) * scale, encoded.latent_dist.std * scale
         else:
             mean = (encoded.latent - shift) * scale
             std = torch.zeros_like(mean)
-        posteriors[kind, image, crop] = Posterior(mean.cpu(), std.cpu(), _sizes(images[kind][image], crop, resolution))
+        posteriors[kind, image, crop, low] = Posterior(mean.cpu(), std.cpu(), _sizes(images[kind][image], crop, side))
         on_crop(done + 1, len(wanted))
     return posteriors
 
@@ -139,7 +143,7 @@ class BatchMaker:
         self.dtype = dtype
 
     def __call__(self, draws: Sequence[Draw], features: Features | None = None) -> Batch:
-        """The batch of some draws, in their order; `features` are those of the same draws."""
+        """The batch of some draws of one resolution, in their order; `features` are those of the same draws."""
         latents, noises = zip(*(self._latents(draw) for draw in draws), strict=True)
         kinds = [draw.kind for draw in draws]
         indices = [draw.timestep_index for draw in draws]
@@ -157,20 +161,24 @@ class BatchMaker:
         )
 
     def _latents(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        posterior = self._posteriors[draw.kind, draw.image, draw.crop]
+        posterior = self._posteriors[_crop_key(draw)]
         noise, posterior_noise = (torch.from_numpy(values) for values in noise_for(draw, tuple(posterior.mean.shape)))
         return posterior.mean + posterior.std * posterior_noise, noise
 
     def _prompt(self, draws: Sequence[Draw]) -> Prompt:
         prompts = [self._prompts[draw.kind] for draw in draws]
         if self._with_sizes:
-            crops = [self._posteriors[draw.kind, draw.image, draw.crop] for draw in draws]
+            crops = [self._posteriors[_crop_key(draw)] for draw in draws]
             prompts = [replace(prompt, sizes=crop.sizes) for prompt, crop in zip(prompts, crops, strict=True)]
         parts = {field.name: [getattr(prompt, field.name) for prompt in prompts] for field in fields(Prompt)}
         return Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def _crop_key(draw: Draw) -> CropKey:
+    return draw.kind, draw.image, draw.crop, draw.low
 
 
 def _sizes(image: Image.Image, crop: Crop, resolution: int) -> Tensor:

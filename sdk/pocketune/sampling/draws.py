@@ -80,6 +80,7 @@ class Draw:
         crop: the square that is cut out and resized to the training resolution.
         timestep_index: position in the scheduler's 1000 training timesteps, 0 the noisiest.
         noise_seed: of the noise and of the VAE's posterior sample.
+        low: whether the crop is resized to the low resolution of a mixed training, not to the training resolution.
     """
 
     index: int
@@ -88,6 +89,7 @@ class Draw:
     crop: Crop
     timestep_index: int
     noise_seed: int
+    low: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

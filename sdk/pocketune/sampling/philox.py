@@ -22,6 +22,7 @@ class Stream(IntEnum):
     NOISE = 2
     SAMPLING = 3
     PERTURBATION = 4
+    CHOICE = 5
 
 
 def words(seed: int, stream: Stream, count: int, *, purpose: int = 0, index: int = 0) -> NDArray[np.uint64]:
