@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
 
 from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.encoders import streamed_text_encoder, streamed_vae, use_tiles
 from pocketune.models.family import Family
-from pocketune.models.quiet import quiet_libraries
+from pocketune.models.positions import crop_table, promise_table, without_table
+from pocketune.models.quiet import building, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
+from pocketune.weights.fill import RESIDENT, Residence, fill
+from pocketune.weights.packed import packed_copy
+from pocketune.weights.store import WeightStore, weight_files, weights_digest
+from pocketune.weights.stream import layer_weights
 
 BUILT_IN = ("pocket-sd3",)
 PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024", "sd15", "sdxl")
@@ -119,7 +122,7 @@ class ModelFolder:
         parts: list[Any] = [self.denoiser_config, self.vae_config]
         for folder in (self.family.component, "vae", *self.family.text_encoders):
             for file in sorted((self.path / folder).glob("*.safetensors")):
-                parts.append([folder, file.name, _weights_digest(file)])
+                parts.append([folder, file.name, weights_digest(file)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def scheduler(self) -> Any:
@@ -137,49 +140,102 @@ class ModelFolder:
         Raises:
             ModelError: there are none.
         """
-        return _weight_files(self.path / self.family.component, self.name)
+        return weight_files(self.path / self.family.component, name=self.name)
 
     def load_denoiser(
-        self, *, dtype: torch.dtype, device: torch.device, blocks: Collection[int] | None = None
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: Collection[int] | None = None,
+        weights: Residence = RESIDENT,
+        latent_side: int | None = None,
     ) -> DenoiserAdapter:
         """Load the denoiser, frozen, with the weights of the named blocks only (all by default).
 
         The model is built without memory and filled in place from memory-mapped safetensors.
 
+        Args:
+            dtype: of the weights in memory and of the arithmetic.
+            device: where it runs.
+            blocks: the others are taken out.
+            weights: whether they are held in memory.
+            latent_side: the only size that it will work at, which saves the rest of a table of positions; default: any.
+
         Raises:
             ModelError: weights are missing or damaged.
         """
         adapter = self.empty_denoiser()
-        model = adapter.model
+        names = layer_weights(adapter.model)
         if blocks is not None:
             for index in set(range(adapter.block_count)) - set(blocks):
                 adapter.remove_block(index)
-        _fill(model, self.denoiser_files(), dtype=dtype, device=device)
-        model.requires_grad_(False)
-        model.eval()
+        windows = crop_table(adapter.model, latent_side // adapter.patch_size) if latent_side else None
+        store = self._store(self.family.component, names, weights)
+        fill(adapter.model, store, dtype=dtype, device=device, streamed=weights.streamed, windows=windows)
+        adapter.model.requires_grad_(False)
+        adapter.model.eval()
         return adapter
 
-    def load_vae(self, *, device: torch.device) -> Any:
-        """The VAE in float32, frozen."""
-        with _building():
-            vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+    def load_vae(self, *, device: torch.device, weights: Residence = RESIDENT, tile: int | None = None) -> Any:
+        """The VAE in float32, frozen.
+
+        Args:
+            device: where it runs.
+            weights: whether they are held in memory; they are never packed.
+            tile: side in pixels of the overlapping tiles in which it works, which changes results a little; default: none.
+        """
+        if weights.streamed:
+            vae = streamed_vae(self.path / "vae", self.family.vae, self.vae_config, device=device)
+        else:
+            with building():
+                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+        if tile is not None:
+            use_tiles(vae, tile, scale=self.vae_scale)
         vae.requires_grad_(False)
         return vae.eval()
 
-    def pipeline(self, *, dtype: torch.dtype, device: torch.device) -> Any:
-        """The stock diffusers pipeline, for sampling."""
-        with _building():
-            return self.family.pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
+    def pipeline(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: Residence = RESIDENT,
+        latent_side: int | None = None,
+        tile: int | None = None,
+    ) -> Any:
+        """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`."""
+        if not weights.streamed:
+            with building():
+                pipeline = self.family.pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
+            if tile is not None:
+                use_tiles(pipeline.vae, tile, scale=self.vae_scale)
+            return pipeline
+        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side).model
+        parts: dict[str, Any] = {
+            self.family.component: denoiser,
+            "vae": self.load_vae(device=device, weights=weights, tile=tile),
+        }
+        for part in self.family.text_encoders:
+            if self.has(part):
+                parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device)
+        with building():
+            return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], *, device: torch.device) -> dict[str, Prompt]:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, device: torch.device, weights: Residence = RESIDENT
+    ) -> dict[str, Prompt]:
         """Encode prompts with diffusers' own code, float32 on the CPU, each with a batch of 1."""
-        denoiser = self.empty_denoiser().model  # diffusers asks it for its text width or type, and for nothing else
-        with _building():
-            pipeline = self.family.pipeline.from_pretrained(
-                self.path, dtype=torch.float32, vae=None, **{self.family.component: denoiser}, **self._absent_parts()
-            )
-        for part in self.family.text_encoders:
+        parts: dict[str, Any] = {"vae": None, self.family.component: None}
+        # diffusers asks the denoiser for its text width or type, and for nothing else.
+        parts[self.family.component] = self.empty_denoiser().model
+        if weights.streamed:
+            for part in filter(self.has, self.family.text_encoders):
+                parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=torch.float32, device=device)
+        with building():
+            pipeline = self.family.pipeline.from_pretrained(self.path, dtype=torch.float32, **parts, **self._absent_parts())
+        for part in () if weights.streamed else self.family.text_encoders:
             encoder = getattr(pipeline, part)
             if encoder is not None:
                 encoder.to(device)
@@ -191,6 +247,14 @@ class ModelFolder:
                 **{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None},
             )
         return encoded
+
+    def _store(self, part: str, names: Collection[str], weights: Residence) -> WeightStore:
+        store = WeightStore(weight_files(self.path / part, name=self.name))
+        if weights.bits is None:
+            return store
+        return WeightStore(
+            [packed_copy(store, set(names) & set(store.names), bits=weights.bits, fingerprint=self.fingerprint())]
+        )
 
     def _absent_parts(self) -> dict[str, None]:
         # diffusers 0.42 does not accept an absent part from the index; it must be said again.
@@ -223,8 +287,9 @@ def empty_denoiser(config: dict[str, Any], family: Family) -> DenoiserAdapter:
         config: as diffusers writes it.
         family: its architecture.
     """
-    with _building(), init_empty_weights():
-        model = family.denoiser.from_config(config)
+    with building(), init_empty_weights():
+        model = family.denoiser.from_config(without_table(config))
+    promise_table(model, config)
     model.requires_grad_(False)
     adapter: DenoiserAdapter = family.adapter(model.eval())
     return adapter
@@ -246,13 +311,6 @@ def published(name: str) -> DenoiserAdapter:
     return empty_denoiser(config, family_named(config["_class_name"], config, name=name))
 
 
-@contextmanager
-def _building() -> Iterator[None]:
-    """Quiet, and without a trace in the global random state, from which some modules draw values that are then replaced."""
-    with quiet_libraries(), torch.random.fork_rng():
-        yield
-
-
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -264,53 +322,6 @@ def _download(hub_id: str) -> Path:
         first = str(error).strip().splitlines()[0]
         msg = f"cannot download {hub_id}: {first}. Check the name and the network, or give a local diffusers folder."
         raise ModelError(msg) from error
-
-
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in found if ".fp16." not in file.name and ".bf16." not in file.name]
-    if not found:
-        msg = f"{name} has no safetensors weights in {folder}. Other formats are not read; convert the model with diffusers."
-        raise ModelError(msg)
-    return plain or found
-
-
-def _weights_digest(path: Path) -> str:
-    """Hash a safetensors file's header and the first KiB of each tensor: retraining changes every tensor from its start."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, 2**27))
-            digest.update(header)
-            for name, entry in sorted(json.loads(header).items()):
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    file.seek(8 + length + start)
-                    digest.update(file.read(min(end - start, 1024)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"the weights {path} are damaged ({str(error)[:100]}). Download the model again."
-        raise ModelError(msg) from error
-    return digest.hexdigest()
-
-
-def _fill(model: torch.nn.Module, shards: list[Path], *, dtype: torch.dtype, device: torch.device) -> None:
-    wanted = {name for name, _ in model.named_parameters()} | set(model.state_dict())
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as weights:
-                for name in wanted & set(weights.keys()):
-                    set_module_tensor_to_device(model, name, device, value=weights.get_tensor(name), dtype=dtype)
-        except (SafetensorError, ValueError) as error:
-            msg = f"the weights {shard} are damaged or do not fit the configuration: {error}. Download the model again."
-            raise ModelError(msg) from error
-    missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if missing:
-        msg = f"{len(missing)} weights are missing from {shards[0].parent}, first {missing[0]}. Download the model again."
-        raise ModelError(msg)
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and (buffer.dtype != dtype or buffer.device != device):
-            set_module_tensor_to_device(model, name, device, value=buffer, dtype=dtype)
 
 
 def _read_json(path: Path, complaint: str) -> dict[str, Any]:

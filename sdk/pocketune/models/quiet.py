@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -24,3 +25,10 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Quiet, and without a trace in the global random state, from which some modules draw values that are then replaced."""
+    with quiet_libraries(), torch.random.fork_rng():
+        yield

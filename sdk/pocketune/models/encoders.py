@@ -1,0 +1,102 @@
+"""Text encoders and autoencoders whose weights stay on disk, and the names that those have in files of any age."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from pocketune.models.quiet import building
+from pocketune.weights.fill import fill
+from pocketune.weights.store import WeightStore, weight_files
+
+Renamings = Callable[[str], tuple[str, ...]]
+"""From a parameter's name to the names that it may have in a file."""
+
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """A text encoder, frozen, whose large weights stay on disk.
+
+    Args:
+        folder: with its configuration and weights.
+        kind: the class's name in transformers.
+        dtype: of the arithmetic.
+        device: where it runs.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+    """
+    model = getattr(transformers, kind)
+    with building(), init_empty_weights():
+        encoder = model(model.config_class.from_pretrained(folder))
+    store = WeightStore(weight_files(folder, name=kind))
+    fill(
+        encoder, store, dtype=dtype, device=device, streamed=True, stored_name=stored_names(store, text_encoder_names(encoder))
+    )
+    return encoder.requires_grad_(False).eval()
+
+
+def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: torch.device) -> Any:
+    """An autoencoder in float32, frozen, whose large weights stay on disk.
+
+    Args:
+        folder: with its weights.
+        kind: its class in diffusers.
+        config: as diffusers writes it.
+        device: where it runs.
+
+    Raises:
+        ModelError: weights are missing or damaged.
+    """
+    with building(), init_empty_weights():
+        vae = kind.from_config(config)
+    store = WeightStore(weight_files(folder, name="the autoencoder"))
+    fill(vae, store, dtype=torch.float32, device=device, streamed=True, stored_name=stored_names(store, vae_names))
+    return vae.requires_grad_(False).eval()
+
+
+def text_encoder_names(encoder: Any) -> Renamings:
+    """As it is; with the prefix that older files have; or that of the parameter that it is tied to."""
+    tied: dict[str, str] = dict(getattr(encoder, "_tied_weights_keys", None) or {})
+    prefix = getattr(encoder, "base_model_prefix", "") or "model"
+
+    def names(name: str) -> tuple[str, ...]:
+        return name, f"text_model.{name}", f"{prefix}.{name}", *((tied[name],) if name in tied else ())
+
+    return names
+
+
+def vae_names(name: str) -> tuple[str, ...]:
+    """As it is, or as diffusers named attention layers before version 0.17."""
+    old = name
+    for new_part, old_part in _OLD_ATTENTION.items():
+        old = old.replace(f".{new_part}.", f".{old_part}.")
+    return name, old
+
+
+def stored_names(store: WeightStore, renamings: Renamings) -> Callable[[str], str]:
+    """The first of a parameter's possible names that the store has; its own if it has none of them."""
+    return lambda name: next((candidate for candidate in renamings(name) if candidate in store), name)
+
+
+def use_tiles(vae: Any, side: int, *, scale: int) -> None:
+    """Make an autoencoder work in overlapping tiles.
+
+    Args:
+        vae: changed in place.
+        side: of a tile in pixels.
+        scale: image pixels along the side of a latent pixel.
+    """
+    vae.enable_tiling()
+    if hasattr(vae, "tile_sample_min_size"):
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // scale
+    else:
+        vae.tile_sample_min_height = vae.tile_sample_min_width = side
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = side * 7 // 8
+        vae.tile_latent_min_height = vae.tile_latent_min_width = side // scale

@@ -1,0 +1,80 @@
+"""From a model on the meta device to one that runs: small weights in memory, large ones there too or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+
+from pocketune.errors import ModelError
+from pocketune.weights.store import WeightStore
+from pocketune.weights.stream import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residence:
+    """Where frozen weights are while a model runs.
+
+    Attributes:
+        streamed: they stay on disk, and layers read them while they run; otherwise in memory.
+        bits: 8 or 4: they are those of a packed copy; None: as the model's files have them.
+    """
+
+    streamed: bool = False
+    bits: Literal[4, 8] | None = None
+
+
+RESIDENT = Residence()
+
+Windows = Mapping[str, Callable[[Tensor], Tensor]]
+"""By name, what is taken of a stored tensor, such as the part of a table that is used."""
+
+
+def fill(
+    model: nn.Module,
+    store: WeightStore,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    streamed: bool,
+    stored_name: Callable[[str], str] = lambda name: name,
+    windows: Windows | None = None,
+) -> None:
+    """Give a model on the meta device its weights, one at a time, with no copy of the whole in between.
+
+    Args:
+        model: changed in place.
+        store: the weights.
+        dtype: of floating-point parameters and buffers.
+        device: where they go.
+        streamed: leave large weights on disk.
+        stored_name: the name that a parameter has in the store.
+        windows: tensors that are wanted in part.
+
+    Raises:
+        ModelError: a weight is missing, or of another shape than the configuration says.
+    """
+    replaced = stream(model, store, dtype=dtype, device=device, stored_name=stored_name) if streamed else {}
+    wanted = [name for name in model.state_dict() if name not in replaced]
+    missing = [name for name in wanted if stored_name(name) not in store]
+    if missing:
+        msg = f"{len(missing)} weights are missing from the model's files, first {missing[0]}. Download the model again."
+        raise ModelError(msg)
+    for name in wanted:
+        stored = stored_name(name)
+        window = (windows or {}).get(name)
+        value = store.load(stored, dtype=dtype) if window is None else window(store.view(stored)).to(dtype)
+        if window is not None:
+            store.drop(stored)
+        try:
+            set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+        except ValueError as error:
+            msg = f"the weights are damaged or do not fit the configuration: {error}. Download the model again."
+            raise ModelError(msg) from error
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and (buffer.dtype != dtype or buffer.device != device):
+            set_module_tensor_to_device(model, name, device, value=buffer, dtype=dtype)

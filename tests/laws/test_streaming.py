@@ -1,0 +1,171 @@
+"""Laws of weights on disk: the same numbers, bit for bit, as with weights in memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocketune.methods.lora import add_lora
+from pocketune.models.base import DenoiserAdapter, Prompt, denoise
+from pocketune.models.load import ModelFolder, open_model
+from pocketune.plan.blocks import BlockPlan, parse_plan
+from pocketune.step import Batch, diffusion_loss, flow_matching_loss, predict, span_features
+from pocketune.weights import stream
+from pocketune.weights.fill import RESIDENT, Residence
+from pocketune.weights.store import WeightStore
+from tests.tolerances import PACKED_LOSS
+
+CPU = torch.device("cpu")
+STREAMED = Residence(streamed=True)
+
+
+@pytest.fixture(autouse=True)
+def small_layers_stream_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models have no large layers; tiles of 1 KiB cut theirs into several."""
+    monkeypatch.setattr(stream, "SMALLEST_STREAMED", 1)
+    monkeypatch.setattr(stream, "TILE_BYTES", 1024)
+
+
+def batch_for(folder: ModelFolder, *, size: int = 2) -> Batch:
+    g = torch.Generator().manual_seed(2)
+    config = folder.denoiser_config
+    unet = folder.family.component == "unet"
+    channels = config["in_channels"] // (4 if folder.denoiser_kind.startswith("Flux") else 1)
+    side = folder.native_resolution // folder.vae_scale if folder.name == "pocket-sd3" else 8
+    width = config.get("cross_attention_dim") if unet else config.get("joint_attention_dim") or config["caption_channels"]
+    pooled = 64 if unet else config.get("pooled_projection_dim")
+    sigmas = torch.linspace(0.2, 0.8, size)
+    return Batch(
+        latents=torch.randn(size, channels, side, side, generator=g),
+        noise=torch.randn(size, channels, side, side, generator=g),
+        timesteps=1000 * sigmas,
+        sigmas=sigmas,
+        alphas=None if folder.family.flow_matching else (1 - sigmas**2) ** 0.5,
+        objective="flow" if folder.family.flow_matching else "epsilon",
+        prompt=Prompt(
+            hidden=torch.randn(size, 20, width, generator=g),
+            pooled=torch.randn(size, pooled, generator=g) if pooled else None,
+            sizes=torch.full((size, 6), 64.0) if folder.family.takes_sizes else None,
+        ),
+        loss_weights=torch.full((size,), 1 / size),
+    )
+
+
+def tuned(folder: ModelFolder, plan: BlockPlan, weights: Residence) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
+    adapter = folder.load_denoiser(dtype=torch.float32, device=CPU, blocks=plan.kept, weights=weights)
+    parameters = add_lora(adapter, blocks=plan.kept, rank=4, seed=7)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in sorted(parameters.items()):
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.05)
+    return adapter, parameters
+
+
+def loss_and_gradients(
+    adapter: DenoiserAdapter, parameters: dict[str, nn.Parameter], plan: BlockPlan, batch: Batch
+) -> tuple[float, dict[str, Tensor]]:
+    output = predict(adapter, plan, batch)
+    loss = flow_matching_loss(output, batch) if batch.objective == "flow" else diffusion_loss(output, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item(), {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def streamed_layers(adapter: DenoiserAdapter) -> int:
+    kinds = (stream.StreamedLinear, stream.StreamedConv2d, stream.StreamedEmbedding)
+    return sum(isinstance(module, kinds) for module in adapter.model.modules())
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "pocket-sd3", "flux", "pixart", "sana", "sd15", "sdxl"])
+def test_loss_and_gradients_are_those_of_the_resident_model(
+    name: str, tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder]
+) -> None:
+    folder = tiny_model if name == "tiny-sd3" else open_model(name) if name == "pocket-sd3" else tiny_pipelines(name)
+    batch = batch_for(folder)
+    plan = BlockPlan(folder.block_count)
+    expected_loss, expected = loss_and_gradients(*tuned(folder, plan, RESIDENT), plan, batch)
+    adapter, parameters = tuned(folder, plan, STREAMED)
+    loss, found = loss_and_gradients(adapter, parameters, plan, batch)
+    assert streamed_layers(adapter) > 10
+    assert loss == expected_loss
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_are_the_same_streamed_and_resident(bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POCKETUNE_CACHE", str(tmp_path))
+    folder = open_model("pocket-sd3")
+    batch, plan = batch_for(folder), BlockPlan(folder.block_count)
+    results = [
+        loss_and_gradients(*tuned(folder, plan, Residence(streamed=streamed, bits=bits)), plan, batch)  # type: ignore[arg-type]
+        for streamed in (False, True)
+    ]
+    (expected_loss, expected), (loss, found) = results
+    assert loss == expected_loss
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    plain, _ = loss_and_gradients(*tuned(folder, plan, RESIDENT), plan, batch)
+    assert loss != plain
+    assert loss == pytest.approx(plain, rel=PACKED_LOSS[bits])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_skipped_blocks_are_never_read(tiny_model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = parse_plan("0-1,5", 6)
+    frozen = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, weights=STREAMED)
+    batch = batch_for(tiny_model)
+    batch = replace(batch, features=span_features(frozen, plan, batch))
+    read: list[str] = []
+    original = WeightStore.matrix
+    monkeypatch.setattr(WeightStore, "matrix", lambda store, name: read.append(name) or original(store, name))
+    loss_and_gradients(*tuned(tiny_model, plan, STREAMED), plan, batch)
+    assert {name.split(".")[1] for name in read if name.startswith("transformer_blocks.")} == {"2", "3", "4"}
+
+
+def test_precomputed_features_are_the_same(tiny_model: ModelFolder) -> None:
+    plan = parse_plan("0-1,5", 6)
+    batch = batch_for(tiny_model)
+    both = [
+        span_features(tiny_model.load_denoiser(dtype=torch.float32, device=CPU, weights=weights), plan, batch)
+        for weights in (RESIDENT, STREAMED)
+    ]
+    for span, streams in both[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(streams, both[1][span], strict=True))
+
+
+def test_a_cropped_table_of_positions_gives_the_same_output(tiny_model: ModelFolder) -> None:
+    """The tiny table has room for 8 x 8 tokens, the latents have 4 x 4."""
+    batch = batch_for(tiny_model)
+    outputs = []
+    with torch.no_grad():
+        for side in (None, 8):
+            adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, latent_side=side)
+            outputs.append(denoise(adapter, batch.noisy, batch.timesteps, batch.prompt))
+    assert adapter.model.pos_embed.pos_embed.shape[1] == 16
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "flux", "sana"])
+def test_streamed_text_encoders_and_autoencoder_are_the_same(
+    name: str, tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder]
+) -> None:
+    folder = tiny_model if name == "tiny-sd3" else tiny_pipelines(name)
+    prompts = ["a photo of a toy"]
+    expected, found = (folder.encode_prompts(prompts, device=CPU, weights=w)[prompts[0]] for w in (RESIDENT, STREAMED))
+    for part in ("hidden", "pooled", "mask"):
+        a, b = getattr(expected, part), getattr(found, part)
+        assert (a is None and b is None) or torch.equal(a, b)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        latents = [folder.load_vae(device=CPU, weights=w).encode(image)[0] for w in (RESIDENT, STREAMED)]
+    values = [latent if isinstance(latent, Tensor) else latent.mean for latent in latents]
+    assert torch.equal(*values)
+
+
+def test_streamed_weights_that_someone_uses_otherwise_are_not_numbers(tiny_model: ModelFolder) -> None:
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, weights=STREAMED)
+    weight = adapter.model.transformer_blocks[0].attn.to_q.weight
+    assert weight.shape == (32, 32)
+    assert weight.isnan().all()
