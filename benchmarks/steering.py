@@ -10,14 +10,15 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.rows import append_row
 from pocketune.atomic import write_text
+from pocketune.models.load import ModelFolder
 from pocketune.pocket.steering import ATTRIBUTES, Row, measure_steering, summarize
 
 __all__ = ["load_pipeline", "main", "measure_steering", "quiet_loading", "summarize", "weights_digest"]
@@ -29,20 +30,17 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
-    """The folder as stock diffusers loads it, in float32, on a GPU where there is one."""
-    quiet_loading()
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32, local_files_only=True
-    )
+def load_pipeline(model: ModelFolder) -> Any:
+    """The folder's stock diffusers pipeline, in float32, on a GPU where there is one."""
+    pipeline = model.pipeline(dtype=torch.float32, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline
 
 
 def weights_digest(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 of the denoiser's weights; tells one checkpoint of a model from another."""
     digest = hashlib.sha256()
-    for file in sorted((folder / "transformer").glob("*.safetensors")):
+    for file in sorted(file for part in ("transformer", "unet") for file in (folder / part).glob("*.safetensors")):
         with file.open("rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)
@@ -70,14 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
         append_row(options.out, {**identity, **row})
         print(f"{'right' if row['right']['all'] else 'wrong'}  {row['prompt']}  ->  {' '.join(map(str, row['seen'].values()))}")
 
+    quiet_loading()
+    model = ModelFolder(options.model.name, options.model)
     rows, summary = measure_steering(
-        load_pipeline(options.model),
+        load_pipeline(model),
         options.count,
         guidance=options.guidance,
         steps=options.steps,
         seed=options.seed,
         size=options.size,
         batch_size=options.batch_size,
+        text=model.family.sampling(model.text_padding),
         on_row=record,
     )
     settings = {

@@ -17,7 +17,7 @@ class Obedient:
         self.obeys = obeys
         self.calls = []
 
-    def __call__(self, *, prompt, generator, max_sequence_length, height, **settings):
+    def __call__(self, *, prompt, generator, height, max_sequence_length=None, **settings):
         self.calls.append((len(prompt), max_sequence_length, settings["num_inference_steps"], settings["guidance_scale"]))
         images = [self._draw(text, source) for text, source in zip(prompt, generator, strict=True)]
         return type("Output", (), {"images": images})
@@ -50,7 +50,9 @@ def test_prompts_are_seeded_distinct_and_name_everything():
 
 def test_an_obedient_model_scores_high_and_a_stubborn_one_low():
     model, seen = Obedient(), []
-    rows, summary = measure_steering(model, 50, batch_size=20, steps=3, guidance=2.0, on_row=seen.append)
+    rows, summary = measure_steering(
+        model, 50, batch_size=20, steps=3, guidance=2.0, text={"max_sequence_length": 0}, on_row=seen.append
+    )
     assert model.calls == [(20, 0, 3, 2.0), (20, 0, 3, 2.0), (10, 0, 3, 2.0)]
     assert rows == seen
     assert summary["count"] == 50

@@ -1,6 +1,7 @@
 """The training script of the embedded models: what it feeds the denoiser, and that it goes on where it stopped."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pocketune.pocket import denoiser as stage
+from pocketune.pocket import sd3
 from pocketune.pocket.autoencoder import ImageBatches, new_autoencoder, train_autoencoder
+from pocketune.pocket.denoiser import PocketDenoiser, train_denoiser
+from pocketune.pocket.pool import prepare_latents
 from pocketune.pocket.runs import StageRun
 from pocketune.pocket.scenes import (
     CLASSES,
@@ -20,6 +23,7 @@ from pocketune.pocket.scenes import (
     shows_held_out,
     toy_identity,
 )
+from pocketune.pocket.sd15 import SD15, shift_into_convolutions
 from pocketune.pocket.text import new_text_encoder, new_tokenizer, token_ids
 
 
@@ -27,14 +31,14 @@ def test_one_biased_token_stands_for_many_zero_tokens() -> None:
     """What training sees with log(n) added equals stock diffusers with n zero tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = stage.new_denoiser()
+        model = sd3.new_denoiser()
         for parameter in model.parameters():
             parameter.data.add_(0.02 * torch.randn_like(parameter))
     g = torch.Generator().manual_seed(1)
     latents, hidden = torch.randn(2, 8, 8, 8, generator=g), torch.randn(2, 20, 128, generator=g)
     inputs = {"hidden_states": latents, "timestep": torch.tensor([300.0, 700.0]), "return_dict": False}
     inputs["pooled_projections"] = torch.randn(2, 128, generator=g)
-    attention = stage.PaddedJointAttention()
+    attention = sd3.PaddedJointAttention()
     for count in (0, 1, 40):
         text = torch.cat([hidden, torch.zeros(2, count, 128)], dim=1)
         with torch.no_grad():
@@ -47,8 +51,9 @@ def test_one_biased_token_stands_for_many_zero_tokens() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "BATCHES", {128: 2, 64: 2})
+@pytest.mark.parametrize("pocket", [sd3.SD3, SD15], ids=lambda pocket: pocket.component)
+def test_stage_resumes_exactly(tmp_path: Path, pocket: PocketDenoiser) -> None:
+    pocket = replace(pocket, batches={128: 2, 64: 2})
     tokenizer = new_tokenizer()
     for suffix in ("", "_2"):
         with torch.random.fork_rng():
@@ -59,7 +64,7 @@ def test_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.manual_seed(6)
         vae = new_autoencoder()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    pool = stage.prepare_latents(tmp_path / "latents.safetensors", vae, count=32, seed=0, device=torch.device("cpu"))
+    pool = prepare_latents(tmp_path / "latents.safetensors", vae, count=32, seed=0, device=torch.device("cpu"))
     assert pool.latents[128].shape == (32, 8, 16, 16) and pool.latents[64].shape == (32, 8, 8, 8)
 
     class Stopped(StageRun):
@@ -68,13 +73,34 @@ def test_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             if step == 2:
                 raise KeyboardInterrupt
 
-    stage.train_denoiser(tmp_path, pool, steps=4, seed=0, run=StageRun(tmp_path / "whole", save_every_s=0))
+    train_denoiser(pocket, tmp_path, pool, steps=4, seed=0, run=StageRun(tmp_path / "whole", save_every_s=0))
     with pytest.raises(KeyboardInterrupt):
-        stage.train_denoiser(tmp_path, pool, steps=4, seed=0, run=Stopped(tmp_path / "broken", save_every_s=0))
-    stage.train_denoiser(tmp_path, pool, steps=4, seed=0, run=StageRun(tmp_path / "broken", save_every_s=0))
+        train_denoiser(pocket, tmp_path, pool, steps=4, seed=0, run=Stopped(tmp_path / "broken", save_every_s=0))
+    train_denoiser(pocket, tmp_path, pool, steps=4, seed=0, run=StageRun(tmp_path / "broken", save_every_s=0))
     whole, broken = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    vae.save_pretrained(tmp_path / "vae")
+    pipeline = pocket.pipeline(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a red cat", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
+
+
+def test_shift_moves_into_convolutions() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        vae = new_autoencoder().eval()
+    vae.register_to_config(scaling_factor=0.8, shift_factor=0.3)
+    shifted = shift_into_convolutions(vae)
+    assert shifted.config.shift_factor is None
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        encoded = vae.encode(images).latent_dist
+        found = shifted.encode(images).latent_dist
+        torch.testing.assert_close(found.mean, encoded.mean - 0.3, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.std, encoded.std)
+        decoded = vae.decode(encoded.mean).sample
+        torch.testing.assert_close(shifted.decode(found.mean).sample, decoded, rtol=1e-4, atol=1e-4)
 
 
 def test_autoencoder_stage_learns_and_measures_its_latents(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from pocketune.weights.packed import packed_copy
 from pocketune.weights.store import WeightStore, weight_files, weights_digest
 from pocketune.weights.stream import layer_weights
 
-BUILT_IN = ("pocket-sd3",)
+_WEIGHTS = Path(str(files("pocketune.pocket") / "weights"))
+BUILT_IN = tuple(sorted(path.parent.name for path in _WEIGHTS.glob("*/model_index.json")))
+"""Models that come with the package."""
 PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024", "sd15", "sdxl")
 
 
@@ -269,7 +271,7 @@ def open_model(model: str | Path) -> ModelFolder:
     """
     name = str(model)
     if name in BUILT_IN:
-        return ModelFolder(name, Path(str(files("pocketune.pocket") / "weights" / name)))
+        return ModelFolder(name, _WEIGHTS / name)
     path = Path(name)
     if path.exists():
         return ModelFolder(path.name, path)

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL
 
 from pocketune.atomic import write_text
+from pocketune.models.load import ModelFolder
 from pocketune.pocket.autoencoder import to_unit
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import random_scene
 from pocketune.pocket.steering import measure_steering
+from pocketune.pocket.train import MODELS
 
 VAE_SCENES = 64
 _STREAM = 37
@@ -38,13 +40,17 @@ def reconstruction_psnr(vae: AutoencoderKL, *, size: int, seed: int = 0) -> floa
 
 def measure(folder: Path, *, prompts: int = 200) -> dict[str, Any]:
     """Parameters, bytes, VAE fidelity, and how often prompts give what they name."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    model = ModelFolder(folder.name, folder)
+    pipeline = model.pipeline(dtype=torch.float32, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    _, steering = measure_steering(pipeline, prompts)
-    parts = {"transformer": pipeline.transformer, "vae": pipeline.vae, "text encoders": pipeline.text_encoder}
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    parameters["text encoders"] *= 2
+    _, steering = measure_steering(pipeline, prompts, text=model.family.sampling(model.text_padding))
+    encoders = [getattr(pipeline, name) for name in model.family.text_encoders]
+    parts = {
+        model.family.component: [getattr(pipeline, model.family.component)],
+        "vae": [pipeline.vae],
+        "text encoders": [encoder for encoder in encoders if encoder is not None],
+    }
+    parameters = {name: sum(p.numel() for part in same for p in part.parameters()) for name, same in parts.items()}
     return {
         "parameters": parameters,
         "weights_bytes": sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
@@ -54,24 +60,22 @@ def measure(folder: Path, *, prompts: int = 200) -> dict[str, Any]:
 
 
 def write_card(folder: Path, measured: dict[str, Any]) -> None:
-    """Write `measurements.json` and `README.md` into the model folder."""
+    """Write `measurements.json` and `README.md` into the folder of an embedded model, which has its name."""
+    pocket = MODELS[folder.name]
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     write_text(folder / "measurements.json", json.dumps(measured, indent=2) + "\n")
     steering = measured["steering"]
     state = "Training is finished." if training["finished"] else "**This is an interim checkpoint; training goes on.**"
-    progress = f"Denoiser steps: {training['step']} of {training['steps']} (batches of 32 at 128 pixels or 64 at 64 pixels)."
+    batches = "batches of " + " or ".join(f"{count} at {side} pixels" for side, count in pocket.batches.items())
+    progress = f"Denoiser steps: {training['step']} of {training['steps']} ({batches})."
     lines = [
         f"# {folder.name}",
         "",
-        "A small Stable-Diffusion-3-style pipeline, trained from nothing on scenes that Pocketune renders:",
-        "12 joint MMDiT blocks of width 128, a VAE with 8x down-sampling and 8 latent channels, two CLIP-style text encoders.",
+        *pocket.summary,
         f"{state} {progress}",
         "",
         "```python",
-        "from diffusers import StableDiffusion3Pipeline",
-        "",
-        "pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)",
-        'image = pipeline("a photo of a red car on grass", guidance_scale=4.0, max_sequence_length=0).images[0]',
+        *pocket.example,
         "```",
         "",
         "| measured on held-out scenes | value |",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from pocketune.pocket.judges import AttributeClassifier, load_attribute_classifier
 from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS
@@ -49,24 +48,26 @@ def steering_prompts(count: int, *, seed: int = 0) -> list[SteeringPrompt]:
 
 
 def judged_rows(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     prompts: list[SteeringPrompt],
     *,
     guidance: float = 4.0,
     steps: int = 28,
     size: int | None = None,
     batch_size: int = 20,
+    text: Mapping[str, Any] | None = None,
     classifier: AttributeClassifier | None = None,
 ) -> Iterator[Row]:
     """Generate an image for each prompt, from its own seed, and judge it.
 
     Args:
-        pipeline: a pipeline without a T5 encoder; its text is not padded for one.
+        pipeline: a stock diffusers pipeline.
         prompts: what to ask.
         guidance: classifier-free guidance scale.
         steps: sampling steps.
         size: image side in pixels; default: the model's own.
         batch_size: images generated together.
+        text: further arguments of the pipeline's call, which say how long its text is.
         classifier: default: the shipped one.
     """
     classifier = classifier or load_attribute_classifier()
@@ -79,7 +80,7 @@ def judged_rows(
             guidance_scale=guidance,
             height=size,
             width=size,
-            max_sequence_length=0,
+            **(text or {}),
         ).images
         for prompt, image, seen in zip(batch, images, classifier.classify(images), strict=True):
             asked = {name: getattr(prompt, name) for name in ATTRIBUTES}
@@ -100,7 +101,7 @@ def summarize(rows: list[Row]) -> dict[str, float]:
 
 
 def measure_steering(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     count: int = 200,
     *,
     guidance: float = 4.0,
@@ -108,6 +109,7 @@ def measure_steering(
     seed: int = 0,
     size: int | None = None,
     batch_size: int = 20,
+    text: Mapping[str, Any] | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> tuple[list[Row], dict[str, float]]:
     """Judge `count` held-out prompts; returns the rows and their summary.
@@ -120,11 +122,13 @@ def measure_steering(
         seed: of the choice of prompts and images.
         size: image side in pixels; default: the model's own.
         batch_size: images generated together.
+        text: as for `judged_rows`.
         on_row: called with every row as soon as it is there.
     """
     rows = []
     prompts = steering_prompts(count, seed=seed)
-    for row in judged_rows(pipeline, prompts, guidance=guidance, steps=steps, size=size, batch_size=batch_size):
+    settings: dict[str, Any] = {"guidance": guidance, "steps": steps, "size": size, "batch_size": batch_size, "text": text}
+    for row in judged_rows(pipeline, prompts, **settings):
         rows.append(row)
         if on_row is not None:
             on_row(row)

@@ -1,4 +1,4 @@
-"""Train an embedded model from nothing: `python -m pocketune.pocket.train --out FOLDER`.
+"""Train an embedded model from nothing: `python -m pocketune.pocket.train --model pocket-sd3 --out FOLDER`.
 
 Stages: the VAE, the text encoders, the denoiser; then the parts are assembled into an ordinary diffusers folder. Each stage
 can be stopped at any time and goes on from its last restart point; the run's state lies in FOLDER/.training. On a CPU one
@@ -16,20 +16,24 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL
 
 from pocketune.atomic import write_text
 from pocketune.pocket.autoencoder import train_autoencoder
-from pocketune.pocket.denoiser import prepare_latents, train_denoiser
+from pocketune.pocket.denoiser import PocketDenoiser, train_denoiser
+from pocketune.pocket.pool import prepare_latents
 from pocketune.pocket.runs import StageRun
+from pocketune.pocket.sd3 import SD3
+from pocketune.pocket.sd15 import SD15
 from pocketune.pocket.text import train_text_encoders
 
 logger = logging.getLogger(__name__)
+MODELS = {"pocket-sd3": SD3, "pocket-sd15": SD15}
 STAGES = ("vae", "text", "denoiser", "assemble")
 
 
 def train(
+    pocket: PocketDenoiser,
     out: Path,
     *,
     stages: tuple[str, ...],
@@ -41,7 +45,11 @@ def train(
     start_from: Path | None = None,
     interim: bool = False,
 ) -> None:
-    """Run the named stages in order; finished parts are loaded, not trained again."""
+    """Run the named stages in order; what another stage made is loaded from the folder.
+
+    The VAE, the text encoders and the latents do not depend on the model: copied from the `.training` folder of one, they serve
+    another.
+    """
     work = out / ".training"
     if "vae" in stages:
         logger.info("training the VAE for %d steps", vae_steps)
@@ -55,30 +63,19 @@ def train(
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         pool = prepare_latents(work / "latents.safetensors", vae, count=scenes, seed=seed, device=device)
         logger.info("training the denoiser for %d steps", steps)
-        train_denoiser(work, pool, steps=steps, seed=seed, run=StageRun(work / "denoiser-run"), start_from=start_from)
+        run = StageRun(work / "denoiser-run")
+        train_denoiser(pocket, work, pool, steps=steps, seed=seed, run=run, start_from=start_from)
     if "assemble" in stages and PartialState().is_main_process:
-        assemble(work, out, interim=interim)
+        assemble(pocket, work, out, interim=interim)
         logger.info("wrote %s", out)
 
 
-def assemble(work: Path, out: Path, *, interim: bool = False) -> None:
-    """Join the trained parts into a fp16 `StableDiffusion3Pipeline` folder that stock diffusers loads.
+def assemble(pocket: PocketDenoiser, work: Path, out: Path, *, interim: bool = False) -> None:
+    """Join the trained parts into a fp16 pipeline folder that stock diffusers loads.
 
     `interim` marks a model that is to be trained further; reports say so.
     """
-    encoders = [CLIPTextModelWithProjection.from_pretrained(work / f"text_encoder{suffix}") for suffix in ("", "_2")]
-    tokenizers = [CLIPTokenizer.from_pretrained(work / f"tokenizer{suffix}") for suffix in ("", "_2")]
-    pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel.from_pretrained(work / "transformer"),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
-        text_encoder=encoders[0],
-        tokenizer=tokenizers[0],
-        text_encoder_2=encoders[1],
-        tokenizer_2=tokenizers[1],
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
+    pipeline = pocket.pipeline(work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(out)
     last = json.loads((work / "denoiser-run" / "log.jsonl").read_text().splitlines()[-1])
@@ -91,6 +88,7 @@ def assemble(work: Path, out: Path, *, interim: bool = False) -> None:
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="pocket-sd3", help="what to train (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated subset of: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,6 +105,7 @@ def main() -> None:
         parser.error(f"unknown stages {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(
+        MODELS[options.model],
         options.out,
         stages=stages,
         seed=options.seed,
