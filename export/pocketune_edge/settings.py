@@ -40,6 +40,7 @@ class Settings:
     cache_dtype: Literal["float32", "bfloat16"]
     cache_limit_mb: _Count
     draws: _Count | None
+    refresh_every: _Count | None
     steps: _Count
     batch_size: _Count
     learning_rate: Positive

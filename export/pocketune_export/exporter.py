@@ -14,7 +14,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from pocketune.delta import LORA_FILE, save_lora
-from pocketune.errors import ModelError, PlanError
+from pocketune.errors import ModelError, PlanError, RecipeError
 from pocketune.memory import read_memory
 from pocketune.methods.lora import ADAPTER, add_lora, start_values
 from pocketune.models.base import DenoiserAdapter
@@ -120,6 +120,7 @@ class _Export:
         self._on_progress = on_progress
         self._written = 0
         self._plan: BlockPlan = parse_plan(recipe.skip, folder.block_count)
+        check_exportable(recipe)
         self._resolution = resolution_of(folder, recipe)
         side = self._resolution // folder.vae_scale
         self._latents = (int(folder.vae_config["latent_channels"]), side, side)
@@ -239,20 +240,31 @@ def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
     """The recipe's resolution, or the model's own.
 
     Raises:
-        PlanError: the model cannot work at it, or the recipe asks for patches or for another gradient than backpropagation's.
+        PlanError: the model cannot work at it.
     """
     side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
     if side % unit or (largest is not None and side > largest):
         bound = "" if largest is None else f" up to {largest}"
         msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
         raise PlanError(msg)
-    if recipe.gradient != "backprop":
-        msg = f'a bundle cannot hold gradient = "{recipe.gradient}": its graphs backpropagate. Leave gradient out to export.'
-        raise PlanError(msg)
-    if recipe.patches != "none":
-        msg = f'a bundle cannot hold patches = "{recipe.patches}": devices cut whole squares. Leave patches out to export.'
-        raise PlanError(msg)
     return side
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Refuse what the runtime on a device does not do.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    reasons = {
+        "gradient": (recipe.gradient != "backprop", "its graphs backpropagate"),
+        "patches": (recipe.patches != "none", "devices cut whole squares"),
+        "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
+    }
+    for name, (asked, reason) in reasons.items():
+        if asked:
+            msg = f'a bundle cannot hold {name} = "{getattr(recipe, name)}": {reason}. Leave {name} out to export.'
+            raise RecipeError(msg)
 
 
 def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:

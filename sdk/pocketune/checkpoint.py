@@ -39,6 +39,12 @@ class CheckpointFolder:
         self.folder = folder
         self._fingerprint = fingerprint
 
+    @property
+    def newest_step(self) -> int:
+        """Finished steps of the newest checkpoint; 0 if there is none."""
+        found = self._all()
+        return int(found[-1].stem.removeprefix("step-")) if found else 0
+
     def save(
         self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, *, step: int, losses: tuple[float, ...]
     ) -> Path:

@@ -12,10 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from pocketune.atomic import replacing, write_text
 from pocketune.checkpoint import CheckpointFolder
-from pocketune.errors import Interrupted, RunError
+from pocketune.errors import Interrupted, RecipeError, RunError
 from pocketune.features.cache import cache_key
 from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
@@ -26,6 +27,7 @@ from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
 from pocketune.sample import default_device
+from pocketune.sampling.draws import Kind, refresh_periods
 
 MAX_PHOTO_SIDE = 2048
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -62,6 +64,9 @@ def personalize(
         Interrupted: on Ctrl-C, after a checkpoint was saved.
         NoEffectError: the trained adapter does nothing.
     """
+    if features is not None and recipe.refresh_every:
+        msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
+        raise RecipeError(msg)
     run = Path(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with MemoryLog() as memory:
@@ -77,21 +82,27 @@ def personalize(
         )
         with _run_folder(run, resume=resume, fingerprint=fingerprint):
             prompts = job.encode_prompts()
-            class_images = job.make_class_images()
-            batches, make_batch = job.prepare_samples(pictures, class_images, prompts)
-            cache = job.fill_cache(
-                plan, batches, make_batch, prompts, Path(features) if features else run / "features", pictures
-            )
-            losses, norms = job.train(
-                plan, batches, make_batch, cache, CheckpointFolder(run / "checkpoints", fingerprint=fingerprint)
-            )
+            images: dict[Kind, Sequence[Image.Image]] = {
+                "instance": [photo.image for photo in pictures],
+                "class": job.make_class_images(),
+            }
+            batches = job.draw(images)
+            root = Path(features) if features else run / "features"
+            checkpoints = CheckpointFolder(run / "checkpoints", fingerprint=fingerprint)
+            for steps in refresh_periods(recipe):
+                if steps.stop <= checkpoints.newest_step and steps.stop < recipe.steps:
+                    continue  # trained before the run was stopped; its features may be gone
+                period = batches[steps.start : steps.stop]
+                make_batch = job.encode(images, period, prompts)
+                cache = job.fill_cache(plan, period, make_batch, prompts, root, pictures)
+                losses, norms = job.train(plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
             pairs, change = job.sample_pairs()
             record = RunRecord(
                 model=job.folder.source,
                 model_kind=job.folder.denoiser_kind,
                 model_note=job.folder.note(),
                 recipe=recipe,
-                plan=job.describe(plan, cache),
+                plan=job.describe(plan),
                 losses=losses,
                 memory=memory.rows,
                 peaks=memory.peaks(),

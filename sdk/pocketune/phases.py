@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +19,8 @@ from pocketune.atomic import replacing
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
 from pocketune.errors import Interrupted, NoEffectError, PlanError
-from pocketune.features.cache import FeatureCache, cache_key
-from pocketune.features.precompute import cache_bytes, check_bound, image_cache_bytes, key_of, precompute
+from pocketune.features.cache import FeatureCache, cache_key, remove_other_caches
+from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt
@@ -31,9 +31,9 @@ from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
 from pocketune.sample import run_pipeline
-from pocketune.sampling.batches import BatchMaker, NoiseSchedule, encode_crops
+from pocketune.sampling.batches import BatchMaker, CropKey, NoiseSchedule, Posterior, crop_key, encode_crops
 from pocketune.sampling.choices import Choice, choose, lower
-from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
+from pocketune.sampling.draws import Draw, Kind, draw_samples, refresh_periods, step_draws
 from pocketune.sampling.patches import Patches, patches_of
 from pocketune.step import check_plan, plan_around
 from pocketune.train import train
@@ -54,6 +54,9 @@ class Phases:
     seconds: dict[str, float] = field(default_factory=dict)
     trained_parameters: int = 0
     choices: tuple[Choice, ...] = ()
+    posteriors: dict[CropKey, Posterior] = field(default_factory=dict)
+    cache_bytes: int = 0
+    cache_error: float = 0.0
 
     @property
     def resolution(self) -> int:
@@ -157,34 +160,44 @@ class Phases:
                     _save_png(image, path)
             return [Image.open(path).convert("RGB") for path in paths]
 
-    def prepare_samples(
-        self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
-    ) -> tuple[list[tuple[Draw, ...]], BatchMaker]:
-        """The draws of each step, with their crops encoded."""
-        images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
-        draws, class_draws = (
+    def draw(self, images: Mapping[Kind, Sequence[Image.Image]]) -> list[tuple[Draw, ...]]:
+        """The draws of every step."""
+        photos, class_images = (
             draw_samples(self.recipe, [image.size for image in images[kind]], kind=kind, choose_crop=self.patches)
             if images[kind]
             else ()
             for kind in ("instance", "class")
         )
-        batches = step_draws(self.recipe, draws, class_draws)
+        batches = step_draws(self.recipe, photos, class_images)
         if self.recipe.gradient == "mixed":
             self.choices = choose(self.recipe, batches, NoiseSchedule.of(self.folder.scheduler()).shares())
             batches = lower(batches, self.choices)
-        with self.phase("latents"):
-            vae = self.folder.load_vae(device=self.device)
-            posteriors = encode_crops(
-                vae,
-                images,
-                [draw for step in batches for draw in step],
-                resolution=self.patches.smallest,
-                low_resolution=self.low_resolution,
-                on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
-            )
-            del vae
-        make_batch = BatchMaker(
-            posteriors,
+        return batches
+
+    def encode(
+        self,
+        images: Mapping[Kind, Sequence[Image.Image]],
+        batches: Sequence[Sequence[Draw]],
+        prompts: dict[Kind, Prompt],
+    ) -> BatchMaker:
+        """Encode the crops of some steps' draws; of those encoded before, the ones that occur again are kept."""
+        draws = {crop_key(draw): draw for draws in batches for draw in draws}
+        self.posteriors = {key: posterior for key, posterior in self.posteriors.items() if key in draws}
+        missing = [draw for key, draw in draws.items() if key not in self.posteriors]
+        if missing:
+            with self.phase("latents"):
+                vae = self.folder.load_vae(device=self.device)
+                self.posteriors |= encode_crops(
+                    vae,
+                    images,
+                    missing,
+                    resolution=self.patches.smallest,
+                    low_resolution=self.low_resolution,
+                    on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
+                )
+                del vae
+        return BatchMaker(
+            self.posteriors,
             prompts,
             self.folder.scheduler(),
             prior_loss_weight=self.recipe.prior_loss_weight,
@@ -192,7 +205,6 @@ class Phases:
             dtype=self.dtype,
             with_sizes=self.folder.family.takes_sizes,
         )
-        return batches, make_batch
 
     def fill_cache(
         self,
@@ -203,15 +215,24 @@ class Phases:
         root: Path,
         pictures: Sequence[Photo],
     ) -> FeatureCache | None:
-        """Run the frozen model over all draws and store what skipped spans contribute."""
+        """Run the frozen model over the draws of some steps and store what skipped spans contribute.
+
+        Where the pool is refreshed, what earlier steps needed is removed first.
+        """
         if not plan.skipped or not self.recipe.use_residuals:
             return None
         cache_dtype: torch.dtype = getattr(torch, self.recipe.cache_dtype)
         distinct = {key_of(draw): draw.low for draws in batches for draw in draws}
         low = sum(distinct.values())
-        text_tokens = prompts["instance"].hidden.shape[1] if self.folder.has_text_stream else 0
         needed = sum(
-            count * self._draw_bytes(plan, side=side, text_tokens=text_tokens, dtype=cache_dtype)
+            predicted_bytes(
+                self.folder,
+                plan,
+                side=side,
+                text_tokens=prompts["instance"].hidden.shape[1],
+                draws=count,
+                dtype=cache_dtype,
+            )
             for count, side in ((len(distinct) - low, self.patches.smallest), (low, self.low_resolution))
             if count
         )
@@ -227,6 +248,8 @@ class Phases:
                 "dtypes": [self.recipe.dtype, self.recipe.cache_dtype],
             }
         )
+        if self.recipe.refresh_every:
+            remove_other_caches(root, keep=key)
         cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
         with self.phase("features"):
             adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=range(plan.skipped_spans[-1].stop))
@@ -243,20 +266,8 @@ class Phases:
                 msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
                 raise Interrupted(msg) from error
             del adapter
+        self.cache_bytes, self.cache_error = max(self.cache_bytes, cache.size_bytes), cache.relative_error
         return cache
-
-    def _draw_bytes(self, plan: BlockPlan, *, side: int, text_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of one draw's features; side: of the image in pixels."""
-        if self.folder.family.component == "unet":
-            return image_cache_bytes(self.folder.empty_denoiser(), plan, side=side // self.folder.vae_scale, dtype=dtype)
-        return cache_bytes(
-            plan,
-            draws=1,
-            image_tokens=(side // self.folder.resolution_unit) ** 2,
-            text_tokens=text_tokens,
-            width=self.folder.width,
-            dtype=dtype,
-        )
 
     def train(
         self,
@@ -265,8 +276,10 @@ class Phases:
         make_batch: BatchMaker,
         cache: FeatureCache | None,
         checkpoints: CheckpointFolder,
+        *,
+        stop: int,
     ) -> tuple[tuple[float, ...], dict[str, float]]:
-        """Train the kept blocks' LoRA and save it; the losses and the norm of each up-projection."""
+        """Train the kept blocks' LoRA to a step, and save it; the losses so far and the norm of each up-projection."""
         with self.phase("training"):
             adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=plan.kept)
             parameters = add_lora(
@@ -283,8 +296,10 @@ class Phases:
                 cache=cache,
                 checkpoints=checkpoints,
                 on_step=lambda done, total, loss: self.tell("training", done, total, "step", loss),
+                stop=stop,
             )
-            save_lora(adapter, self.run / "lora")
+            if stop == self.recipe.steps:
+                save_lora(adapter, self.run / "lora")
             return losses, trained_norms(parameters)
 
     def sample_pairs(self) -> tuple[tuple[SamplePair, ...], float]:
@@ -322,7 +337,7 @@ class Phases:
             pairs.append(SamplePair(prompt=prompt, seed=seed, before=names[0], after=names[1]))
         return tuple(pairs), change
 
-    def describe(self, plan: BlockPlan, cache: FeatureCache | None) -> dict[str, Any]:
+    def describe(self, plan: BlockPlan) -> dict[str, Any]:
         """The plan as plain data for the report."""
         mixed: dict[str, Any] = {}
         if self.choices:
@@ -338,7 +353,9 @@ class Phases:
             "trained_blocks": list(plan.kept),
             "trained_parameters": self.trained_parameters,
             "residuals": bool(plan.skipped) and self.recipe.use_residuals,
-            "feature_cache_bytes": cache.size_bytes if cache else 0,
+            "feature_cache_bytes": self.cache_bytes,
+            "feature_cache_error": self.cache_error,
+            "feature_pools": len(refresh_periods(self.recipe)),
             "resolution": self.patches.smallest,
             "patches": self.patches.describe(),
             "device": str(self.device),

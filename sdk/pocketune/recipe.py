@@ -26,10 +26,17 @@ class Recipe(BaseModel):
 
     skip: str = Field(default="none", description='Blocks not trained: "none", "auto" or ranges such as "0-3,8-11".')
     use_residuals: bool = Field(default=True, description="Add cached residuals for skipped blocks; false is the ablation.")
-    cache_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="How residuals are stored.")
+    cache_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        default="float32", description="How residuals are stored; int8 has a scale for each token."
+    )
     cache_limit_mb: int = Field(default=4096, ge=1, description="Bound of the feature cache on disk, in MB of 1e6 bytes.")
     draws: int | None = Field(
         default=None, ge=1, description="Distinct (photo, timestep, noise) draws; default: one for every sample of every step."
+    )
+    refresh_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps after which the pool is drawn anew and its features are computed again, so that fewer lie on disk.",
     )
 
     resolution: int | None = Field(

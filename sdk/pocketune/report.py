@@ -172,6 +172,8 @@ def _value(key: str, value: Any) -> str:
         return "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}" if key != "seed" else str(value)
     if isinstance(value, list | tuple):

@@ -33,8 +33,9 @@ def train(
     cache: FeatureCache | None,
     checkpoints: CheckpointFolder,
     on_step: Callable[[int, int, float], None],
+    stop: int | None = None,
 ) -> tuple[float, ...]:
-    """Train to the recipe's last step, from the newest checkpoint if there is one.
+    """Train to a step, from the newest checkpoint if there is one, and save a checkpoint there.
 
     Args:
         adapter: the denoiser with its adapter; skipped blocks may be gone.
@@ -46,6 +47,7 @@ def train(
         cache: features of the draws; None when nothing is skipped or residuals are off.
         checkpoints: where to save and resume.
         on_step: called with (finished steps, steps, loss).
+        stop: steps that are finished then; default: the recipe's.
 
     Returns:
         The loss of each step.
@@ -54,11 +56,12 @@ def train(
         Interrupted: on Ctrl-C, after a checkpoint was saved.
         RunError: the loss is no number any more.
     """
+    stop = recipe.steps if stop is None else stop
     optimizer = new_optimizer(parameters, recipe)
     progressed = checkpoints.restore(parameters, optimizer)
     losses = list(progressed.losses)
     try:
-        for step in range(progressed.step, recipe.steps):
+        for step in range(progressed.step, stop):
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
                 loss = zeroth_order_step(adapter, parameters, plan, recipe, batch, step=step)
@@ -69,7 +72,7 @@ def train(
                 raise RunError(msg)
             losses.append(loss)
             on_step(step + 1, recipe.steps, loss)
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stop:
                 checkpoints.save(parameters, optimizer, step=step + 1, losses=tuple(losses))
     except KeyboardInterrupt as error:
         checkpoints.save(parameters, optimizer, step=len(losses), losses=tuple(losses))

@@ -19,6 +19,7 @@ RECIPE = {
     "cache_dtype": "float32",
     "cache_limit_mb": 4096,
     "draws": None,
+    "refresh_every": None,
     "steps": 5,
     "batch_size": 1,
     "learning_rate": 1e-3,

@@ -2,19 +2,24 @@
 
 import pytest
 
-from pocketune.errors import PlanError
-from pocketune.models.load import ModelFolder
+from pocketune.errors import RecipeError
 from pocketune.recipe import Recipe
-from pocketune_export.exporter import resolution_of
+from pocketune_export.exporter import check_exportable
 
 
-def test_patches_are_refused(tiny_model: ModelFolder) -> None:
-    assert resolution_of(tiny_model, Recipe.create(instance_prompt="x")) == 64
-    with pytest.raises(PlanError, match="devices cut whole squares"):
-        resolution_of(tiny_model, Recipe.create(instance_prompt="x", patches="dynamic"))
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"patches": "dynamic"}, "devices cut whole squares"),
+        ({"cache_dtype": "int8"}, "float32 or bfloat16"),
+        ({"gradient": "zeroth_order"}, "its graphs backpropagate"),
+        ({"gradient": "mixed"}, "its graphs backpropagate"),
+    ],
+)
+def test_what_devices_cannot_do_is_refused(changes: dict[str, str], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        check_exportable(Recipe.create(instance_prompt="x", **changes))
 
 
-@pytest.mark.parametrize("gradient", ["zeroth_order", "mixed"])
-def test_other_gradients_are_refused(tiny_model: ModelFolder, gradient: str) -> None:
-    with pytest.raises(PlanError, match="its graphs backpropagate"):
-        resolution_of(tiny_model, Recipe.create(instance_prompt="x", gradient=gradient))
+def test_plain_recipes_are_exportable() -> None:
+    check_exportable(Recipe.create(instance_prompt="x", skip="auto", cache_dtype="bfloat16", draws=3))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from pocketune.atomic import replacing, write_text
 from pocketune.errors import CacheError
+from pocketune.features.storage import SCALE, pack, unpack
 from pocketune.models.base import Streams
 from pocketune.plan.blocks import Span
 
@@ -26,11 +29,20 @@ def cache_key(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def remove_other_caches(root: Path, *, keep: str) -> None:
+    """Remove all caches in a folder but the named one; indices go first, so that a stop in between leaves none damaged."""
+    for folder in sorted(root.glob("*/")):
+        if folder.name != keep:
+            (folder / "index.json").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class FeatureCache:
     """Streams of the skipped spans, by draw.
 
     `FOLDER/index.json` lists the finished shards with their sha256; `shard-NNNN.safetensors` holds "DRAW.SPAN.STREAM" tensors,
-    each (1, tokens, width). A shard is written whole, so an interrupted pass goes on where it stopped.
+    each (1, tokens, width), and for int8 their scales. A shard is written whole, so an interrupted pass goes on where it
+    stopped. The index also sums up what storing changed, for `relative_error`.
     """
 
     def __init__(self, folder: Path, *, spans: Sequence[Span], dtype: torch.dtype) -> None:
@@ -43,11 +55,12 @@ class FeatureCache:
         self._spans = tuple(spans)
         self._dtype = dtype
         self._pending: dict[str, Tensor] = {}
+        self._pending_error = (0.0, 0.0)
         self._open: dict[str, Any] = {}
-        self._index: dict[str, Any] = {"shards": {}, "draws": {}}
+        self._index: dict[str, Any] = {"shards": {}, "draws": {}, "squared_error": 0.0, "squared": 0.0}
         if self._index_path.exists():
             try:
-                self._index = json.loads(self._index_path.read_text(encoding="utf-8"))
+                self._index |= json.loads(self._index_path.read_text(encoding="utf-8"))
                 self._verify()
             except (ValueError, KeyError, OSError) as error:
                 msg = f"the feature cache {folder} is damaged ({error}). Delete that folder; it will be made again."
@@ -58,18 +71,30 @@ class FeatureCache:
         return self._folder / "index.json"
 
     def __contains__(self, draw: int) -> bool:
-        return str(draw) in self._index["draws"]
+        return str(draw) in self._index["draws"] or any(key.startswith(f"{draw}.") for key in self._pending)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the finished shards."""
         return sum(shard["bytes"] for shard in self._index["shards"].values())
 
+    @property
+    def relative_error(self) -> float:
+        """What storing changed: the root of the mean squared error over that of the mean square, of all finished shards."""
+        squared: float = self._index["squared"]
+        return math.sqrt(self._index["squared_error"] / squared) if squared else 0.0
+
     def put(self, draw: int, features: dict[Span, Streams]) -> None:
         """Store one draw's features, each tensor (1, tokens, width); a shard is written as soon as it is full."""
         for number, span in enumerate(self._spans):
             for stream, tensor in enumerate(features[span]):
-                self._pending[f"{draw}.{number}.{stream}"] = tensor.to(device="cpu", dtype=self._dtype).contiguous()
+                name = f"{draw}.{number}.{stream}"
+                packed = pack(name, tensor, self._dtype)
+                self._pending |= packed
+                if self._dtype != torch.float32:
+                    whole = tensor.double().cpu()
+                    error = float((unpack(name, packed).double() - whole).square().sum())
+                    self._pending_error = (self._pending_error[0] + error, self._pending_error[1] + float(whole.square().sum()))
         if sum(tensor.nbytes for tensor in self._pending.values()) >= SHARD_BYTES:
             self.flush()
 
@@ -83,7 +108,10 @@ class FeatureCache:
             digest, size = _sha256(partial), partial.stat().st_size
         self._index["shards"][name] = {"sha256": digest, "bytes": size}
         self._index["draws"] |= {key.split(".")[0]: name for key in self._pending}
+        self._index["squared_error"] += self._pending_error[0]
+        self._index["squared"] += self._pending_error[1]
         self._pending.clear()
+        self._pending_error = (0.0, 0.0)
         write_text(self._index_path, json.dumps(self._index))
 
     def get(self, draws: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> dict[Span, Streams]:
@@ -106,8 +134,9 @@ class FeatureCache:
         if name not in self._open:
             self._open[name] = safe_open(self._folder / name, framework="pt")
         shard = self._open[name]
-        keys = sorted(key for key in (f"{draw}.{number}.{stream}" for stream in range(4)) if key in shard.keys())  # noqa: SIM118
-        return [shard.get_tensor(key) for key in keys]
+        names = [f"{draw}.{number}.{stream}" for stream in range(4)]
+        stored = {key: shard.get_tensor(key) for name in names for key in (name, name + SCALE) if key in shard.keys()}  # noqa: SIM118
+        return [unpack(name, stored) for name in names if name in stored]
 
     def _verify(self) -> None:
         for name, shard in self._index["shards"].items():

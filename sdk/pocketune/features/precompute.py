@@ -8,7 +8,9 @@ import torch
 
 from pocketune.errors import PlanError
 from pocketune.features.cache import FeatureCache
+from pocketune.features.storage import stored_bytes
 from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
@@ -18,7 +20,32 @@ from pocketune.step import Batch, span_features
 def cache_bytes(plan: BlockPlan, *, draws: int, image_tokens: int, text_tokens: int, width: int, dtype: torch.dtype) -> int:
     """Bytes of the features of all draws: both streams of each skipped span, the image alone where the text stream ends."""
     tokens = sum(image_tokens + (0 if span.stop == plan.block_count else text_tokens) for span in plan.skipped_spans)
-    return draws * tokens * width * dtype.itemsize
+    return draws * stored_bytes((1, tokens, width), dtype)
+
+
+def predicted_bytes(
+    folder: ModelFolder, plan: BlockPlan, *, side: int, text_tokens: int, draws: int, dtype: torch.dtype
+) -> int:
+    """Bytes of the features of all draws, said before anything is computed.
+
+    Args:
+        folder: the model.
+        plan: what is skipped.
+        side: of the training images in pixels.
+        text_tokens: of the longest prompt.
+        draws: distinct ones.
+        dtype: of the cache.
+    """
+    if folder.family.component == "unet":
+        return draws * image_cache_bytes(folder.empty_denoiser(), plan, side=side // folder.vae_scale, dtype=dtype)
+    return cache_bytes(
+        plan,
+        draws=draws,
+        image_tokens=(side // folder.resolution_unit) ** 2,
+        text_tokens=text_tokens if folder.has_text_stream else 0,
+        width=folder.width,
+        dtype=dtype,
+    )
 
 
 def image_cache_bytes(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, dtype: torch.dtype) -> int:
@@ -42,7 +69,7 @@ def image_cache_bytes(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, d
     batch = Batch(latents=latents, noise=latents, timesteps=one, sigmas=one, prompt=prompt, loss_weights=one)
     adapter.model.to("meta")
     features = span_features(adapter, plan, batch)
-    return sum(stream.numel() for streams in features.values() for stream in streams) * dtype.itemsize
+    return sum(stored_bytes(stream.shape, dtype) for streams in features.values() for stream in streams)
 
 
 def _shape(*sides: int) -> torch.Tensor:
@@ -61,7 +88,8 @@ def check_bound(needed_bytes: int, *, limit_mb: int, draws: int) -> None:
     fitting = max(1, draws * limit // needed_bytes)
     msg = (
         f"the feature cache needs {needed_bytes / 1e6:.1f} MB for {draws} draws, the limit is {limit_mb} MB. "
-        f'Set draws = {fitting}, or cache_dtype = "bfloat16" (half the size), or raise cache_limit_mb.'
+        f"Set draws = {fitting}, or refresh_every, so that fewer steps' features lie on disk at once, or cache_dtype = "
+        '"bfloat16" or "int8" (a half or a quarter of the size), or raise cache_limit_mb.'
     )
     raise PlanError(msg)
 
@@ -87,10 +115,11 @@ def precompute(
         cache: filled shard by shard; what was there stays.
         on_sample: called with (done, total) draws.
     """
-    total = sum(len(draws) for draws in batches)
+    distinct = list(dict.fromkeys(tuple(draws) for draws in batches))
+    total = sum(len(draws) for draws in distinct)
     done = 0
     try:
-        for draws in batches:
+        for draws in distinct:
             if not all(key_of(draw) in cache for draw in draws):
                 features = span_features(adapter, plan, make_batch(draws))
                 for row, draw in enumerate(draws):

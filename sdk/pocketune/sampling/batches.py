@@ -22,6 +22,11 @@ CropKey = tuple[Kind, int, Crop, bool]
 """Kind, image and crop, and whether it is at low resolution."""
 
 
+def crop_key(draw: Draw) -> CropKey:
+    """What of a draw its encoded crop depends on."""
+    return draw.kind, draw.image, draw.crop, draw.low
+
+
 @dataclass(frozen=True)
 class Posterior:
     """The VAE's latent distribution of one crop, scaled and shifted. mean, std: (1, channels, height, width).
@@ -92,7 +97,7 @@ def encode_crops(
         low_resolution: that of the draws at low resolution, where there are any.
         on_crop: called with (done, total).
     """
-    wanted = list(dict.fromkeys(_crop_key(draw) for draw in draws))
+    wanted = list(dict.fromkeys(crop_key(draw) for draw in draws))
     shift, scale = float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
     posteriors: dict[CropKey, Posterior] = {}
     for done, (kind, image, crop, low) in enumerate(wanted):
@@ -161,24 +166,20 @@ class BatchMaker:
         )
 
     def _latents(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        posterior = self._posteriors[_crop_key(draw)]
+        posterior = self._posteriors[crop_key(draw)]
         noise, posterior_noise = (torch.from_numpy(values) for values in noise_for(draw, tuple(posterior.mean.shape)))
         return posterior.mean + posterior.std * posterior_noise, noise
 
     def _prompt(self, draws: Sequence[Draw]) -> Prompt:
         prompts = [self._prompts[draw.kind] for draw in draws]
         if self._with_sizes:
-            crops = [self._posteriors[_crop_key(draw)] for draw in draws]
+            crops = [self._posteriors[crop_key(draw)] for draw in draws]
             prompts = [replace(prompt, sizes=crop.sizes) for prompt, crop in zip(prompts, crops, strict=True)]
         parts = {field.name: [getattr(prompt, field.name) for prompt in prompts] for field in fields(Prompt)}
         return Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
-
-
-def _crop_key(draw: Draw) -> CropKey:
-    return draw.kind, draw.image, draw.crop, draw.low
 
 
 def _sizes(image: Image.Image, crop: Crop, resolution: int) -> Tensor:

@@ -44,6 +44,10 @@ class Asked(Protocol):
         """Bound of the pool of distinct draws."""
 
     @property
+    def refresh_every(self) -> int | None:
+        """Steps after which the pool is drawn anew."""
+
+    @property
     def weighting_scheme(self) -> str:
         """Density of the timesteps."""
 
@@ -74,7 +78,7 @@ class Draw:
     """One training sample before any tensor is made.
 
     Attributes:
-        index: its number; draw k belongs to optimizer step k // batch_size (modulo the pool).
+        index: its number; with a draw for each sample, draw k belongs to optimizer step k // batch_size.
         kind: a photo of the subject, or a class image for prior preservation.
         image: index among the photos, or among the class images.
         crop: the square that is cut out and resized to the training resolution.
@@ -113,7 +117,7 @@ def draw_samples(
     timesteps: int = 1000,
     choose_crop: ChooseCrop = whole_square,
 ) -> tuple[Draw, ...]:
-    """All draws of a run, one for every sample of every step unless the recipe bounds the pool.
+    """All draws of a run, one for every sample of every step unless the recipe bounds the pool; pools follow one another.
 
     Photos come in shuffled rounds; timesteps as in diffusers' SD3 script (`weighting_scheme`, Esser et al. 2024, section 3.1).
 
@@ -124,22 +128,30 @@ def draw_samples(
         timesteps: how many the scheduler trains on.
         choose_crop: `patches.Patches`, where patches are wanted.
     """
-    count = recipe.steps * recipe.batch_size
-    if recipe.draws is not None:
-        count = min(count, recipe.draws)
+    count = sum(_pool_size(recipe, steps) for steps in refresh_periods(recipe))
     return tuple(_draw(recipe, index, sizes, kind, timesteps, choose_crop) for index in range(count))
 
 
+def refresh_periods(recipe: Asked) -> tuple[range, ...]:
+    """The optimizer steps of each pool: all steps, or runs of `refresh_every`."""
+    every = recipe.refresh_every or recipe.steps
+    return tuple(range(start, min(start + every, recipe.steps)) for start in range(0, recipe.steps, every))
+
+
 def step_draws(recipe: Asked, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
-    """The draws of each optimizer step: `batch_size` photos, then as many class images if there are any."""
-    size = recipe.batch_size
-    steps = []
-    for step in range(recipe.steps):
-        positions = range(step * size, step * size + size)
-        chosen = [photos[p % len(photos)] for p in positions]
-        chosen += [class_images[p % len(class_images)] for p in positions if class_images]
-        steps.append(tuple(chosen))
-    return steps
+    """The draws of each optimizer step: `batch_size` photos, then as many class images if there are any.
+
+    A pool that is smaller than what its steps need is replayed in its order.
+    """
+    size, first = recipe.batch_size, 0
+    chosen: list[tuple[Draw, ...]] = []
+    for steps in refresh_periods(recipe):
+        pool = _pool_size(recipe, steps)
+        for start in range(0, len(steps) * size, size):
+            numbers = [first + place % pool for place in range(start, start + size)]
+            chosen.append(tuple(draws[number] for draws in (photos, class_images) if draws for number in numbers))
+        first += pool
+    return chosen
 
 
 def centre_crop(size: tuple[int, int]) -> Crop:
@@ -180,6 +192,11 @@ def timestep_density(recipe: Asked, *, uniform: float, normal: float) -> float:
     if recipe.weighting_scheme == "mode":
         return 1.0 - uniform - recipe.mode_scale * (math.cos(math.pi * uniform / 2) ** 2 - 1.0 + uniform)
     return uniform
+
+
+def _pool_size(recipe: Asked, steps: range) -> int:
+    needed = len(steps) * recipe.batch_size
+    return needed if recipe.draws is None else min(needed, recipe.draws)
 
 
 def _draw(
