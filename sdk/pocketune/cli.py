@@ -70,7 +70,9 @@ def personalize(
     ] = None,
     model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win over it.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Blocks not to train: none, auto, or ranges such as 0-3,8-11.")] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="Blocks not to train: none, auto, hollow:0.3 or ranges such as 0-3,8-11.")
+    ] = None,
     patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
     gradient: Annotated[str | None, typer.Option(help="How it is had: backprop, zeroth_order, or mixed.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images in pixels.")] = None,

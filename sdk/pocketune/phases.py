@@ -26,7 +26,8 @@ from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.photos import Photo
-from pocketune.plan.blocks import BlockPlan, parse_plan
+from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
@@ -35,7 +36,6 @@ from pocketune.sampling.batches import BatchMaker, CropKey, NoiseSchedule, Poste
 from pocketune.sampling.choices import Choice, choose, lower
 from pocketune.sampling.draws import Draw, Kind, draw_samples, refresh_periods, step_draws
 from pocketune.sampling.patches import Patches, patches_of
-from pocketune.step import check_plan, plan_around
 from pocketune.train import train
 
 SAMPLE_SEED = 1000
@@ -122,12 +122,7 @@ class Phases:
 
     def plan_blocks(self) -> BlockPlan:
         """Which blocks are skipped; refuses what makes no sense for the architecture."""
-        if self.folder.family.component != "unet":
-            return parse_plan(self.recipe.skip, self.folder.block_count)
-        adapter = self.folder.empty_denoiser()
-        plan = parse_plan(self.recipe.skip, adapter.block_count, auto=plan_around(adapter, adapter.block_count // 2))
-        check_plan(adapter, plan, use_residuals=self.recipe.use_residuals)
-        return plan
+        return plan_for(self.folder.empty_denoiser(), self.recipe.skip, use_residuals=self.recipe.use_residuals)
 
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""

@@ -24,7 +24,10 @@ class Recipe(BaseModel):
     class_images: int = Field(default=8, ge=1, description="Images of the class, made by the base model beforehand.")
     prior_loss_weight: float = Field(default=1.0, ge=0)
 
-    skip: str = Field(default="none", description='Blocks not trained: "none", "auto" or ranges such as "0-3,8-11".')
+    skip: str = Field(
+        default="none",
+        description='Blocks not trained: "none", "auto", "hollow:0.3" (share around the middle) or ranges such as "0-3,8-11".',
+    )
     use_residuals: bool = Field(default=True, description="Add cached residuals for skipped blocks; false is the ablation.")
     cache_dtype: Literal["float32", "bfloat16", "int8"] = Field(
         default="float32", description="How residuals are stored; int8 has a scale for each token."

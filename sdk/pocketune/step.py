@@ -14,15 +14,12 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from pocketune.errors import PlanError
-from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected, Streams, run_blocks
+from pocketune.models.base import DenoiserAdapter, Prompt, Streams, run_blocks
 from pocketune.plan.blocks import BlockPlan, Span
+from pocketune.plan.skipping import skipping_of
 
 Features = Mapping[Span, Streams]
-"""Of each skipped span: the streams that leave it (a prefix), or output minus input (any later span).
-
-Of the middle of a U-Net: the image that leaves it.
-"""
-
+"""What was cached of each skipped span, as the denoiser's `Skipping` collects it."""
 
 Objective = Literal["flow", "epsilon", "v_prediction"]
 """What the denoiser predicts: the velocity of rectified flow, the noise, or the v of a diffusion."""
@@ -69,9 +66,7 @@ class Batch:
 def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_residuals: bool = True) -> Tensor:
     """The denoiser's output with skipped spans replaced by what was cached for them.
 
-    Paper: DiT-BlockSkip (arXiv 2603.20755), equation 3: f'_{i+l} = f'_i + Delta f_{i,i+l}.
-    Differs: a prefix is taken from the cache as it left the blocks, so it is exact bit for bit.
-    Paper: Hollowed Net (arXiv 2411.01179) for U-Nets: the middle is replaced by the activation that left it.
+    `pocketune.plan.skipping` says how, and after which papers.
 
     Args:
         adapter: the denoiser; skipped blocks may have been removed.
@@ -79,7 +74,8 @@ def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_resi
         batch: inputs; `features` must hold every skipped span, unless `use_residuals` is false.
         use_residuals: false drops skipped spans altogether (the ablation without residuals).
     """
-    check_plan(adapter, plan, use_residuals=use_residuals)
+    skipping = skipping_of(adapter)
+    skipping.check(plan, use_residuals=use_residuals)
     noisy = batch.noisy
     context = adapter.context(noisy, batch.timesteps, batch.prompt)
     first = plan.spans[0]
@@ -89,7 +85,7 @@ def predict(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch, *, use_resi
         if not span.skipped:
             streams = run_blocks(adapter, span.start, span.stop, streams, context)
         elif use_residuals:
-            streams = _apply(adapter, streams, span, batch.features)
+            streams = skipping.enter(span, streams, _cached(batch.features, span))
     return adapter.head(streams, context)
 
 
@@ -142,7 +138,8 @@ def span_features(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch) -> di
 
     Blocks behind the last skipped span are not run.
     """
-    check_plan(adapter, plan)
+    skipping = skipping_of(adapter)
+    skipping.check(plan)
     noisy = batch.noisy
     context = adapter.context(noisy, batch.timesteps, batch.prompt)
     streams = adapter.embed(noisy, batch.prompt)
@@ -152,68 +149,12 @@ def span_features(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch) -> di
         entering = run_blocks(adapter, position, span.start, streams, context)
         streams = run_blocks(adapter, span.start, span.stop, entering, context)
         position = span.stop
-        if isinstance(adapter, SkipConnected):
-            features[span] = streams[:1]
-        elif span.is_prefix:
-            features[span] = streams
-        else:
-            features[span] = tuple(after - before for after, before in zip(streams, entering, strict=False))
+        features[span] = skipping.collect(span, entering, streams)
     return features
 
 
-def check_plan(adapter: DenoiserAdapter, plan: BlockPlan, *, use_residuals: bool = True) -> None:
-    """Refuse a plan that makes no sense for an architecture.
-
-    Raises:
-        PlanError: with the reason.
-    """
-    if not isinstance(adapter, SkipConnected) or not plan.skipped:
-        return
-    usual = plan_around(adapter, plan.block_count // 2)
-    hint = f"Skip a run around the middle block {adapter.middle}, such as {usual.describe()}."
-    span = plan.skipped_spans[0]
-    if len(plan.skipped_spans) > 1 or not 0 < span.start <= adapter.middle < span.stop < plan.block_count:
-        msg = (
-            f"cannot skip {plan.describe()} of a U-Net: the first and last blocks hand skip connections to each other and must "
-            f"train. {hint}"
-        )
-        raise PlanError(msg)
-    if adapter.stream_count(span.stop) > adapter.stream_count(span.start):
-        msg = f"cannot skip {plan.describe()} of this U-Net: block {span.stop} takes what a skipped block hands over. {hint}"
-        raise PlanError(msg)
-    if not use_residuals:
-        msg = "a U-Net cannot train without features of its middle: nothing would enter the decoder. Leave use_residuals on."
-        raise PlanError(msg)
-
-
-def plan_around(adapter: DenoiserAdapter, blocks: int) -> BlockPlan:
-    """The run around a U-Net's middle with about so many blocks, whose layers hand skip connections only to each other.
-
-    Paper: Hollowed Net (arXiv 2411.01179). Differs: its layers were chosen by hand.
-
-    Raises:
-        PlanError: the model is no U-Net.
-    """
-    if not isinstance(adapter, SkipConnected):
-        msg = "only a U-Net has a middle to skip. Give ranges of blocks, or auto."
-        raise PlanError(msg)
-    middle, count = adapter.middle, adapter.block_count
-    runs = [(middle, middle + 1)]
-    for start in range(middle - 1, 0, -1):
-        balanced = [s for s in range(middle + 1, count) if adapter.stream_count(s) == adapter.stream_count(start)]
-        runs += [(start, balanced[0])] if balanced else []
-    start, stop = min(runs, key=lambda run: abs(run[1] - run[0] - blocks))
-    return BlockPlan(count, tuple(range(start, stop)))
-
-
-def _apply(adapter: DenoiserAdapter, streams: Streams, span: Span, features: Features) -> Streams:
+def _cached(features: Features, span: Span) -> Streams:
     if span not in features:
         msg = f"no cached features for blocks {span.start}-{span.stop - 1}: run the precompute pass with this plan first."
         raise PlanError(msg)
-    cached = features[span]
-    if isinstance(adapter, SkipConnected):
-        return cached[0], *streams[1 : adapter.stream_count(span.stop)]
-    if span.is_prefix:
-        return cached
-    # The last block ends the text stream, so a span that holds it has fewer residuals than streams enter it.
-    return tuple(stream + residual for stream, residual in zip(streams, cached, strict=False))
+    return features[span]

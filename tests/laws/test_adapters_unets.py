@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from pocketune.delta import save_lora
 from pocketune.errors import ModelError, PlanError
 from pocketune.features.precompute import image_cache_bytes
 from pocketune.methods.lora import add_lora
@@ -15,9 +16,10 @@ from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder, published
 from pocketune.models.registry import family_of
 from pocketune.plan.blocks import BlockPlan, parse_plan
+from pocketune.plan.skipping import plan_for
 from pocketune.sampling.batches import BatchMaker, Posterior, encode_crops
 from pocketune.sampling.draws import Crop, Draw
-from pocketune.step import Batch, Objective, diffusion_loss, plan_around, predict, span_features
+from pocketune.step import Batch, Objective, diffusion_loss, predict, span_features
 
 CPU = torch.device("cpu")
 Pipelines = Callable[[str], ModelFolder]
@@ -167,6 +169,37 @@ def test_hollowed_gradients_are_those_of_a_constant_middle(tiny_pipelines: Pipel
     assert bool(encoder) == (name == "sd15")  # the tiny SDXL has no attention in its first stage
 
 
+@every_unet
+def test_lora_of_the_hollowed_model_goes_back_into_the_intact_one(tiny_pipelines: Pipelines, tmp_path: Path, name: str) -> None:
+    """The file, loaded by stock diffusers, makes the intact U-Net compute what the adapter computes with the same LoRA."""
+    model, batch = tiny_pipelines(name), make_batch(name)
+    plan = plan_for(model.empty_denoiser(), "hollow:0.5")
+    part, whole = loaded(model, plan.kept), loaded(model)
+    trained, same = (add_lora(adapter, blocks=plan.kept, rank=2, seed=7) for adapter in (part, whole))
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in sorted(trained.items()):
+            parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
+            same[key].copy_(parameter)
+    save_lora(part, tmp_path)
+    pipeline = model.family.pipeline.from_pretrained(model.path)
+    with torch.no_grad():
+        plain = stock_forward(pipeline.unet, batch.noisy, batch)
+        pipeline.load_lora_weights(tmp_path)
+        found = stock_forward(pipeline.unet, batch.noisy, batch)
+        assert torch.equal(found, denoise(whole, batch.noisy, batch.timesteps, batch.prompt))
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@every_unet
+def test_hollowing_nothing_changes_nothing(tiny_pipelines: Pipelines, name: str) -> None:
+    model, batch = tiny_pipelines(name), make_batch(name)
+    adapter = loaded(model)
+    with torch.no_grad():
+        found = predict(adapter, plan_for(adapter, "hollow:0"), batch)
+        assert torch.equal(found, denoise(adapter, batch.noisy, batch.timesteps, batch.prompt))
+
+
 def test_loss_equals_the_script(tiny_pipelines: Pipelines) -> None:
     """The lines of diffusers' train_dreambooth_lora.py with prior preservation, run by hand."""
     scheduler = DDPMScheduler()
@@ -226,11 +259,12 @@ def test_cache_size_is_said_exactly(tiny_pipelines: Pipelines, name: str) -> Non
         assert image_cache_bytes(empty, plan, side=8, dtype=torch.float32) == found
 
 
-def test_auto_skips_about_half_around_the_middle(tiny_pipelines: Pipelines) -> None:
+def test_a_share_is_the_nearest_run_around_the_middle(tiny_pipelines: Pipelines) -> None:
     adapter = tiny_pipelines("sd15").empty_denoiser()
-    assert [plan_around(adapter, blocks).describe() for blocks in (1, 3, 5, 9)] == ["4", "3-5", "2-6", "1-8"]
-    with pytest.raises(PlanError, match="only a U-Net"):
-        plan_around(tiny_pipelines("flux").empty_denoiser(), 3)
+    shares = {"0": "none", "0.1": "4", "0.3": "3-5", "0.5": "2-6", "0.99": "1-8"}
+    assert {share: plan_for(adapter, f"hollow:{share}").describe() for share in shares} == shares
+    assert plan_for(adapter, "auto") == plan_for(adapter, "hollow:0.5")
+    assert plan_for(tiny_pipelines("flux").empty_denoiser(), "hollow:0.5").describe() == "1-3"
 
 
 @pytest.mark.parametrize(("changes", "reason"), [({"in_channels": 9}, "in_channels"), ({"mid_block_type": None}, "mid_block")])

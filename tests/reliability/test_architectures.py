@@ -15,7 +15,7 @@ from pocketune.models.load import ModelFolder
 from tests.tiny_models import BUILDERS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
-SKIPS = {"sd15": "2-6", "sd2": "auto", "sdxl": "3-5"}
+SKIPS = {"sd15": "hollow:0.5", "sd2": "auto", "sdxl": "hollow:0.3"}
 PATCHES = {"flux": "dynamic", "sana": "random", "sdxl": "dynamic", "sd2": "resize"}
 STOCK_LOADERS = [name for name in BUILDERS if name != "pixart"]
 

@@ -22,9 +22,24 @@ def test_auto_keeps_the_papers_proportions() -> None:
     assert parse_plan("auto", 12).describe() == "0-3,10-11"
 
 
+def test_a_share_is_a_run_around_the_middle() -> None:
+    shares = {"hollow:0": "none", "hollow:0.01": "5", "hollow:0.3": "4-7", "hollow:.5": "3-8"}
+    assert {text: parse_plan(text, 12).describe() for text in shares} == shares
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("0-12", "block 12"), ("5-3", "5-3"), ("x", "skip range"), ("", "skip range"), ("0-11", "all 12"), ("-1", "skip range")],
+    [
+        ("hollow:1", "share of blocks"),
+        ("hollow:", "share of blocks"),
+        ("hollow:0.99", "all 12"),
+        ("0-12", "block 12"),
+        ("5-3", "5-3"),
+        ("x", "skip range"),
+        ("", "skip range"),
+        ("0-11", "all 12"),
+        ("-1", "skip range"),
+    ],
 )
 def test_impossible_ranges_are_refused(text: str, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):

@@ -69,6 +69,7 @@ def test_embedding_page_shows_progress_stops_and_goes_on(
         "docs/models.md",
         "docs/methods/block-skip.md",
         "docs/methods/dynamic-patches.md",
+        "docs/methods/hollowed-net.md",
         "docs/decisions/0001-absolute-prefix.md",
     ],
 )

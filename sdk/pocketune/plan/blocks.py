@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pocketune.errors import PlanError
@@ -69,13 +69,20 @@ class BlockPlan:
         return ",".join(_range_text(span) for span in self.skipped_spans) or "none"
 
 
-def parse_plan(text: str, block_count: int, *, auto: BlockPlan | None = None) -> BlockPlan:
-    """Read "none", "auto" or ranges such as "0-3,8-11" (both ends inclusive).
+def parse_plan(
+    text: str,
+    block_count: int,
+    *,
+    auto: Callable[[], BlockPlan] | None = None,
+    hollow: Callable[[float], BlockPlan] | None = None,
+) -> BlockPlan:
+    """Read "none", "auto", a share of the blocks around the middle such as "hollow:0.3", or ranges such as "0-3,8-11".
 
     Args:
-        text: as a person types it.
+        text: as a person types it; both ends of a range are inclusive.
         block_count: of the model.
         auto: what "auto" is; default: `half_split`.
+        hollow: what is skipped for a share of the blocks; default: `middle_run`.
 
     Raises:
         PlanError: the text is none of these, or names blocks that the model does not have.
@@ -83,12 +90,17 @@ def parse_plan(text: str, block_count: int, *, auto: BlockPlan | None = None) ->
     if text == "none":
         return BlockPlan(block_count)
     if text == "auto":
-        return auto or half_split(block_count)
+        return auto() if auto else half_split(block_count)
+    if text.startswith("hollow:"):
+        fraction = _fraction(text)
+        return hollow(fraction) if hollow else middle_run(block_count, fraction)
     skipped: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            msg = f'cannot read the skip range "{part}" in "{text}": expected none, auto, or ranges such as 0-3,8-11.'
+            msg = (
+                f'cannot read the skip range "{part}" in "{text}": expected none, auto, hollow:0.3, or ranges such as 0-3,8-11.'
+            )
             raise PlanError(msg)
         last = int(match[2] or match[1])
         if last >= block_count:
@@ -110,10 +122,25 @@ def half_split(block_count: int) -> BlockPlan:
     return BlockPlan(block_count, skip_ends(block_count, first, last))
 
 
+def middle_run(block_count: int, fraction: float) -> BlockPlan:
+    """Skip about a share of the blocks around the middle of the list; 0 skips none, any other share at least one."""
+    count = max(1, round(fraction * block_count)) if fraction else 0
+    start = (block_count - count) // 2
+    return BlockPlan(block_count, tuple(range(start, start + count)))
+
+
 def skip_ends(block_count: int, first: int, last: int) -> tuple[int, ...]:
     """The indices of the first `first` and the last `last` blocks."""
     indices: Iterable[int] = [*range(first), *range(block_count - last, block_count)]
     return tuple(sorted(set(indices)))
+
+
+def _fraction(text: str) -> float:
+    share = text.removeprefix("hollow:")
+    if not re.fullmatch(r"0(\.\d+)?|\.\d+", share):
+        msg = f'cannot read the share of blocks "{share}" in "{text}": expected a number from 0 to below 1, such as hollow:0.3.'
+        raise PlanError(msg)
+    return float(share)
 
 
 def _range_text(span: Span) -> str:
