@@ -18,6 +18,8 @@ from diffusers import (
     PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -213,11 +215,46 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def _sd3(dual_attention: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
+    """Six joint blocks of width 32, latents 4 x 8 x 8 for 64-pixel images."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        caption_projection_dim=32,
+        pooled_projection_dim=128,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=dual_attention,
+    )
+    vae = autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
+    tokenizer = new_tokenizer()
+    encoders = [new_text_encoder(tokenizer) for _ in range(2)]
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "flux": _flux,
     "pixart": _pixart,
     "sana": _sana,
     "sd15": _sd15,
     "sd2": lambda: _sd15("v_prediction"),
+    "sd3": _sd3,
+    "sd35": lambda: _sd3(dual_attention=(0, 1)),
     "sdxl": _sdxl,
 }

@@ -39,6 +39,8 @@ METHODS = {
             source="lora",
             changes={"skip": "auto", "use_residuals": False},
         ),
+        Method(name="hollow30", label="Hollowed Net, 30 % of the blocks", source="lora", changes={"skip": "hollow:0.3"}),
+        Method(name="hollow50", label="Hollowed Net, 50 % of the blocks", source="lora", changes={"skip": "hollow:0.5"}),
         Method(name="renders", label="the renderer itself (upper bound)", source="renderer"),
     )
 }

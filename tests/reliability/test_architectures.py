@@ -15,7 +15,8 @@ from pocketune.models.load import ModelFolder
 from tests.tiny_models import BUILDERS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
-SKIPS = {"sd15": "hollow:0.5", "sd2": "auto", "sdxl": "hollow:0.3"}
+SKIPS = {"sd15": "hollow:0.5", "sd2": "auto", "sdxl": "hollow:0.3", "sd35": "1,3"}
+TARGETS = {"sd35": ("attn.to_q", "attn.add_q_proj", "attn2.to_q", "attn2.to_out.0")}  # dual attention in block 0
 PATCHES = {"flux": "dynamic", "sana": "random", "sdxl": "dynamic", "sd2": "resize"}
 STOCK_LOADERS = [name for name in BUILDERS if name != "pixart"]
 
@@ -36,7 +37,11 @@ def quick_recipe(**changes: object) -> Recipe:
 def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: Path, tmp_path: Path, name: str) -> None:
     model = tiny_pipelines(name)
     recipe = quick_recipe(
-        skip=SKIPS.get(name, "0-1,3"), patches=PATCHES.get(name, "none"), class_prompt="a toy", class_images=1
+        skip=SKIPS.get(name, "0-1,3"),
+        patches=PATCHES.get(name, "none"),
+        lora_targets=TARGETS.get(name),
+        class_prompt="a toy",
+        class_images=1,
     )
     before = torch.get_rng_state()
     record = personalize(toy_photos, model=model.path, recipe=recipe, out=tmp_path / "run")
@@ -46,17 +51,19 @@ def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: P
     assert record.model_kind == model.denoiser_kind
     assert record.plan["feature_cache_bytes"] > 0
     assert record.plan["resolution"] == (32 if name in PATCHES else 64)
-    assert record.recipe.weighting_scheme == "none"
+    assert record.recipe.weighting_scheme == ("logit_normal" if name in ("sd3", "sd35") else "none")
 
     stored = load_file(tmp_path / "run" / LORA)
     trained = record.plan["trained_blocks"]
     assert 0 < len(trained) < model.block_count
     skipped = [f".{model.empty_denoiser().block_name(index)}." for index in set(range(model.block_count)) - set(trained)]
     assert not any(block in f".{key}" for key in stored for block in skipped)
+    assert all(any(f".{target}." in key for key in stored) for target in TARGETS.get(name, ()))
     assert generate(model.path, ["a toy"], steps=2, resolution=64, lora=tmp_path / "run")[0].size == (64, 64)
 
     if name in STOCK_LOADERS:
-        pipeline = model.family.pipeline.from_pretrained(model.path)
+        absent = {part: None for part in model.family.optional if not model.has(part)}
+        pipeline = model.family.pipeline.from_pretrained(model.path, **absent)
         pipeline.load_lora_weights(tmp_path / "run" / "lora")
         component = getattr(pipeline, model.family.component)
         arrived = get_peft_model_state_dict(component, adapter_name=next(iter(component.peft_config)))
