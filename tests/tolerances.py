@@ -16,3 +16,5 @@ EDGE_IMAGE_LEVELS = 1
 DIRECTIONAL_DERIVATIVE = 2e-2
 # The loss of pocket-sd3 with weights in few bits: rounding of 1/255 of a row's range, or of 1/15 of the range of 64 values.
 PACKED_LOSS = {8: 5e-3, 4: 0.1}
+# Three float32 gradients summed in another order, relative to the largest.
+SUM_ORDER = 1e-5

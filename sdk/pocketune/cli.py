@@ -82,6 +82,9 @@ def personalize(
     class_prompt: Annotated[str | None, typer.Option(help='Turns prior preservation on: "a photo of a toy".')] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos in each step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Frozen weights in memory or read from disk: resident, streamed.")] = None,
+    weight_bits: Annotated[int | None, typer.Option(help="Pack the denoiser's weights to 8 or 4 bits.")] = None,
+    activations: Annotated[str | None, typer.Option(help="What backward needs of a block: kept, recomputed, on_disk.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -99,6 +102,9 @@ def personalize(
         "class_prompt": class_prompt,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "weights": weights,
+        "weight_bits": weight_bits,
+        "activations": activations,
     }
     with clear_errors(run=out):
         settings = _recipe(recipe, asked)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pocketune.allocator import return_freed_memory
 from pocketune.atomic import replacing, write_text
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RecipeError, RunError
@@ -68,6 +69,8 @@ def personalize(
         msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
         raise RecipeError(msg)
     run = Path(out)
+    if recipe.weights == "streamed" or recipe.activations != "kept":
+        return_freed_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with MemoryLog() as memory:
         folder = open_model(model)

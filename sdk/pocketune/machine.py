@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from pocketune.allocator import name_allocator
 from pocketune.cgroups import CgroupLimits
 from pocketune.memory import memory_source
 
@@ -187,13 +188,7 @@ def read_allocator() -> tuple[str, dict[str, str]]:
     """Name the allocator of this process, and give the environment variables that steer it."""
     names = ("MALLOC_", "LD_PRELOAD", "PYTHONMALLOC", "GLIBC_TUNABLES", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     settings = {name: value for name, value in sorted(os.environ.items()) if name.startswith(names)}
-    mapped = _text(Path("/proc/self/maps"))
-    for name in ("jemalloc", "tcmalloc", "mimalloc"):
-        if f"lib{name}" in mapped:
-            return name, settings
-    if "ld-musl" in mapped:
-        return "musl", settings
-    return ("glibc" if platform.libc_ver()[0] == "glibc" else "system"), settings
+    return name_allocator(), settings
 
 
 def read_disk_free(folder: Path) -> int | None:

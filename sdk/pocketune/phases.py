@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pocketune.allocator import trim
 from pocketune.atomic import replacing
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
@@ -23,7 +24,7 @@ from pocketune.features.cache import FeatureCache, cache_key, remove_other_cache
 from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
-from pocketune.models.base import Prompt
+from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.photos import Photo
 from pocketune.plan.blocks import BlockPlan
@@ -36,7 +37,9 @@ from pocketune.sampling.batches import BatchMaker, CropKey, NoiseSchedule, Poste
 from pocketune.sampling.choices import Choice, choose, lower
 from pocketune.sampling.draws import Draw, Kind, draw_samples, refresh_periods, step_draws
 from pocketune.sampling.patches import Patches, patches_of
+from pocketune.scratch import Scratch
 from pocketune.train import train
+from pocketune.weights.fill import Residence
 
 SAMPLE_SEED = 1000
 
@@ -84,6 +87,21 @@ class Phases:
         """Of the frozen weights and of the arithmetic."""
         return getattr(torch, self.recipe.dtype)  # type: ignore[no-any-return]
 
+    @property
+    def residence(self) -> Residence:
+        """Where the denoiser's frozen weights are."""
+        return Residence(streamed=self.recipe.weights == "streamed", bits=self.recipe.weight_bits)
+
+    @property
+    def parts_residence(self) -> Residence:
+        """Where the weights of text encoders and VAE are; they are not packed."""
+        return Residence(streamed=self.recipe.weights == "streamed")
+
+    @property
+    def latent_side(self) -> int | None:
+        """The only size that training works at; None where there are two."""
+        return None if self.recipe.gradient == "mixed" else self.patches.smallest // self.folder.vae_scale
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase, mark it in the memory log, and return memory to the system at its end."""
@@ -95,6 +113,7 @@ class Phases:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
             gc.collect()
+            trim()
 
     def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
         """Report progress with the memory of this moment."""
@@ -130,7 +149,7 @@ class Phases:
         if self.recipe.class_prompt:
             wanted["class"] = self.recipe.class_prompt
         with self.phase("text"):
-            encoded = self.folder.encode_prompts(list(wanted.values()), device=self.device)
+            encoded = self.folder.encode_prompts(list(wanted.values()), device=self.device, weights=self.parts_residence)
         return {kind: encoded[text] for kind, text in wanted.items()}
 
     def make_class_images(self) -> list[Image.Image]:
@@ -142,7 +161,7 @@ class Phases:
         with self.phase("class images"):
             if not all(path.exists() for path in paths):
                 images = run_pipeline(
-                    self.folder.pipeline(dtype=self.dtype, device=self.device),
+                    self._pipeline(),
                     self.folder,
                     [prompt] * count,
                     seeds=[self.recipe.seed + number for number in range(count)],
@@ -181,7 +200,7 @@ class Phases:
         missing = [draw for key, draw in draws.items() if key not in self.posteriors]
         if missing:
             with self.phase("latents"):
-                vae = self.folder.load_vae(device=self.device)
+                vae = self.folder.load_vae(device=self.device, weights=self.parts_residence, tile=self.recipe.vae_tile)
                 self.posteriors |= encode_crops(
                     vae,
                     images,
@@ -240,14 +259,14 @@ class Phases:
                 "skipped": plan.skipped,
                 "draws": [[draw.as_dict() for draw in draws] for draws in batches],
                 "resolution": [self.patches.smallest, self.low_resolution],
-                "dtypes": [self.recipe.dtype, self.recipe.cache_dtype],
+                "dtypes": [self.recipe.dtype, self.recipe.cache_dtype, self.recipe.weight_bits],
             }
         )
         if self.recipe.refresh_every:
             remove_other_caches(root, keep=key)
         cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
         with self.phase("features"):
-            adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=range(plan.skipped_spans[-1].stop))
+            adapter = self._denoiser(range(plan.skipped_spans[-1].stop))
             try:
                 precompute(
                     adapter,
@@ -276,7 +295,7 @@ class Phases:
     ) -> tuple[tuple[float, ...], dict[str, float]]:
         """Train the kept blocks' LoRA to a step, and save it; the losses so far and the norm of each up-projection."""
         with self.phase("training"):
-            adapter = self.folder.load_denoiser(dtype=self.dtype, device=self.device, blocks=plan.kept)
+            adapter = self._denoiser(plan.kept)
             parameters = add_lora(
                 adapter, blocks=plan.kept, rank=self.recipe.rank, targets=self.recipe.lora_targets, seed=self.recipe.seed
             )
@@ -290,6 +309,7 @@ class Phases:
                 make_batch,
                 cache=cache,
                 checkpoints=checkpoints,
+                scratch=Scratch(self.run) if self.recipe.activations == "on_disk" else None,
                 on_step=lambda done, total, loss: self.tell("training", done, total, "step", loss),
                 stop=stop,
             )
@@ -302,7 +322,7 @@ class Phases:
         prompts = self.recipe.sample_prompts or _default_prompts(self.recipe.instance_prompt)
         seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
         with self.phase("samples"):
-            pipeline = self.folder.pipeline(dtype=self.dtype, device=self.device)
+            pipeline = self._pipeline()
             total = 2 * len(prompts)
 
             def render(already: int) -> list[Image.Image]:
@@ -332,6 +352,20 @@ class Phases:
             pairs.append(SamplePair(prompt=prompt, seed=seed, before=names[0], after=names[1]))
         return tuple(pairs), change
 
+    def _denoiser(self, blocks: Collection[int]) -> DenoiserAdapter:
+        return self.folder.load_denoiser(
+            dtype=self.dtype, device=self.device, blocks=blocks, weights=self.residence, latent_side=self.latent_side
+        )
+
+    def _pipeline(self) -> Any:
+        return self.folder.pipeline(
+            dtype=self.dtype,
+            device=self.device,
+            weights=self.parts_residence,
+            latent_side=self.resolution // self.folder.vae_scale,
+            tile=self.recipe.vae_tile,
+        )
+
     def describe(self, plan: BlockPlan) -> dict[str, Any]:
         """The plan as plain data for the report."""
         mixed: dict[str, Any] = {}
@@ -355,6 +389,9 @@ class Phases:
             "patches": self.patches.describe(),
             "device": str(self.device),
             "dtype": self.recipe.dtype,
+            "weights": self.recipe.weights,
+            "weight_bits": self.recipe.weight_bits,
+            "activations": self.recipe.activations,
             **mixed,
         }
 

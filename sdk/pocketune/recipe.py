@@ -91,6 +91,25 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Of the frozen weights.")
     checkpoint_every: int = Field(default=100, ge=1, description="Steps between checkpoints.")
 
+    weights: Literal["resident", "streamed"] = Field(
+        default="resident",
+        description="Frozen weights in memory, or on disk and read by layer; the numbers are the same.",
+    )
+    weight_bits: Literal[4, 8] | None = Field(
+        default=None, description="Use a packed copy of the denoiser's weights, made once; default: the weights as they are."
+    )
+    activations: Literal["kept", "recomputed", "on_disk"] = Field(
+        default="kept",
+        description="What backward needs of a block: kept; computed again; or that, and meanwhile in a scratch file.",
+    )
+    optimizer_in_backward: bool = Field(
+        default=False,
+        description="Update a block as soon as backward has passed it; gradients are then clipped block by block.",
+    )
+    vae_tile: int | None = Field(
+        default=None, ge=64, description="Side in pixels of the tiles in which the VAE works; default: whole images."
+    )
+
     sample_prompts: tuple[str, ...] = Field(default=(), description="Prompts of the before/after images; default: a few.")
     sample_steps: int = Field(default=28, ge=1)
     guidance_scale: float = Field(default=7.0, ge=0)
@@ -105,6 +124,12 @@ class Recipe(BaseModel):
             raise ValueError(msg)
         if self.patches == "resize" and self.patch_max:
             msg = 'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.'
+            raise ValueError(msg)
+        if self.optimizer_in_backward and self.activations == "kept":
+            msg = (
+                "optimizer_in_backward updates a block before the rest of backward, so blocks must be run again in backward. "
+                'Set activations = "recomputed" or "on_disk".'
+            )
             raise ValueError(msg)
         for prefix, needs, used in (
             ("zo_", "zeroth_order or mixed", self.gradient != "backprop"),

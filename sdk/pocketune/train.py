@@ -17,8 +17,10 @@ from pocketune.gradients.zeroth_order import ZerothOrder
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.recompute import recompute, saved_to
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
+from pocketune.scratch import Scratch
 from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, predict
 
 
@@ -32,6 +34,7 @@ def train(
     *,
     cache: FeatureCache | None,
     checkpoints: CheckpointFolder,
+    scratch: Scratch | None = None,
     on_step: Callable[[int, int, float], None],
     stop: int | None = None,
 ) -> tuple[float, ...]:
@@ -46,6 +49,7 @@ def train(
         make_batch: turns draws into tensors.
         cache: features of the draws; None when nothing is skipped or residuals are off.
         checkpoints: where to save and resume.
+        scratch: where activations go, if the recipe wants them on disk.
         on_step: called with (finished steps, steps, loss).
         stop: steps that are finished then; default: the recipe's.
 
@@ -59,6 +63,8 @@ def train(
     stop = recipe.steps if stop is None else stop
     optimizer = new_optimizer(parameters, recipe)
     progressed = checkpoints.restore(parameters, optimizer)
+    if recipe.activations != "kept":
+        forget_activations(adapter, recipe, optimizer, scratch)
     losses = list(progressed.losses)
     try:
         for step in range(progressed.step, stop):
@@ -66,7 +72,8 @@ def train(
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
                 loss = zeroth_order_step(adapter, parameters, plan, recipe, batch, step=step)
             else:
-                loss = train_step(adapter, parameters, plan, recipe, batch, optimizer)
+                with saved_to(scratch):
+                    loss = train_step(adapter, parameters, plan, recipe, batch, optimizer)
             if not torch.isfinite(torch.tensor(loss)):
                 msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
                 raise RunError(msg)
@@ -84,6 +91,23 @@ def train(
 def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW as in diffusers' script."""
     return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
+def forget_activations(adapter: DenoiserAdapter, recipe: Recipe, optimizer: torch.optim.AdamW, scratch: Scratch | None) -> None:
+    """Let the denoiser's units compute in backward what they would keep, and take the optimizer's step there if asked for.
+
+    Paper: Lv et al. 2023 (LOMO), section 3.1: a gradient is used and freed before the next is there.
+    Differs: a whole block at a time, by AdamW; gradients are clipped by the norm of their block.
+    """
+
+    def update(block: Sequence[nn.Parameter]) -> None:
+        torch.nn.utils.clip_grad_norm_(block, recipe.max_grad_norm)
+        optimizer.step()  # skips all parameters without a gradient, which are those of all other blocks
+        optimizer.zero_grad(set_to_none=True)
+
+    for module in adapter.model.modules():
+        if isinstance(module, adapter.unit_kinds):
+            recompute(module, scratch=scratch, on_gradients=update if recipe.optimizer_in_backward else None)
 
 
 def train_step(

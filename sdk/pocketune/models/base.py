@@ -59,6 +59,8 @@ class DenoiserAdapter(Protocol):
     model: Any  # an nn.Module; diffusers ships no types
     stream_names: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
+    unit_kinds: tuple[Any, ...]
+    """Module classes whose activations are made again in backward when they are not kept."""
 
     @property
     def block_count(self) -> int:

@@ -13,6 +13,8 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
@@ -24,6 +26,7 @@ class PixArtAdapter:
     """`PixArtTransformer2DModel` as its blocks, with one stream; the head gives noise and, behind it, a learned variance."""
 
     stream_names: tuple[str, ...] = ("image",)
+    unit_kinds: tuple[Any, ...] = (BasicTransformerBlock,)
     # Those targets of PixArt-alpha's train_pixart_lora_hf.py that lie in blocks.
     default_lora_targets: tuple[str, ...] = (
         "attn1.to_k",
@@ -105,6 +108,7 @@ class PixArtAdapter:
 class SanaAdapter(PixArtAdapter):
     """`SanaTransformer2DModel` as its blocks of linear attention, with one stream."""
 
+    unit_kinds = (SanaTransformerBlock,)
     # The targets of diffusers' train_dreambooth_lora_sana.py.
     default_lora_targets = ("attn1.to_k", "attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_q", "attn2.to_v")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
@@ -25,6 +26,7 @@ class FluxAdapter:
     """
 
     stream_names = ("image", "text")
+    unit_kinds: tuple[Any, ...] = (FluxTransformerBlock, FluxSingleTransformerBlock)
     # The targets of diffusers' train_dreambooth_lora_flux.py; single blocks have the first three.
     default_lora_targets = (
         "attn.to_k",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
 from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
@@ -16,6 +17,7 @@ class SD3Adapter:
     """`SD3Transformer2DModel` as its joint blocks, with an image and a text stream; the last block ends the text stream."""
 
     stream_names = ("image", "text")
+    unit_kinds: tuple[Any, ...] = (JointTransformerBlock,)
     # The targets of diffusers' train_dreambooth_lora_sd3.py.
     default_lora_targets = (
         "attn.add_k_proj",

@@ -12,6 +12,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError, PlanError
@@ -58,6 +60,7 @@ class UNetAdapter:
     """
 
     stream_names: tuple[str, ...] = ("image",)
+    unit_kinds: tuple[Any, ...] = (ResnetBlock2D, BasicTransformerBlock)
 
     def __init__(self, model: Any) -> None:
         """Wrap a model; it is neither copied nor changed.

@@ -36,6 +36,8 @@ DTYPES = {
 SLICE_VALUES = 2**18
 """Values converted at a time: their pages are dropped before the next are touched, and they fit a processor's cache."""
 
+_FAULT_AROUND = 2**16
+
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
 """Endings of the tensors that hold a packed weight."""
 BITS_KEY, SHAPES_KEY = "pocketune.bits", "pocketune.shapes"
@@ -129,8 +131,9 @@ class MappedFile:
     def drop(self, start: int, stop: int) -> None:
         """Drop the pages of a range of bytes."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            first = start - start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+            # A page fault maps the pages around it too, unasked.
+            first = max(start - _FAULT_AROUND, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, min(stop + _FAULT_AROUND, len(self._map)) - first)
 
 
 class WeightStore:

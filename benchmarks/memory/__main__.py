@@ -1,0 +1,84 @@
+"""Peak memory of training: `python -m benchmarks.memory [--jobs sd35-512,flux-256] [--steps 3] [--table]`.
+
+Every job runs in a fresh process, one after the other, at a published model's true configuration with random weights that are
+written to `--models` first (FLUX.1 takes 24 GB of disk). A raw row a job is appended at once; `--table` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.memory.jobs import JOBS
+from benchmarks.memory.table import memory_table
+from benchmarks.rows import append_row, read_rows
+from pocketune.atomic import write_text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line, measure the jobs, and write the table when asked to."""
+    options = _parser().parse_args(arguments)
+    if options.row:
+        return _row(options)
+    if not options.table_only:
+        for name in options.jobs:
+            command = [sys.executable, "-m", "benchmarks.memory", "--row", name, "--models", str(options.models)]
+            done = subprocess.run([*command, "--steps", str(options.steps)], stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode != 0:
+                print(f"error: the job {name} failed", file=sys.stderr)
+                return 2
+            row = json.loads(done.stdout.splitlines()[-1])
+            append_row(options.out, row)
+            print(f"{name:24} {row['peak_rss_bytes'] / 1e6:7.0f} MB  CPU s a step {row['cpu_s_per_step']}", flush=True)
+    if options.table or options.table_only:
+        write_text(options.table_file, memory_table(read_rows(options.out)))
+        print(f"wrote {options.table_file}")
+    return 0
+
+
+def _row(options: argparse.Namespace) -> int:
+    # Imported here so that the process that starts the others stays small, and knows nothing of models.
+    from benchmarks.memory.weights import model_folder
+
+    job = JOBS[options.row]
+    if not options.made:
+        # Made by a process of its own: building a file must not count.
+        model_folder(job.model, options.models)
+        command = [sys.executable, "-m", "benchmarks.memory", "--row", options.row, "--made", "--models", str(options.models)]
+        return subprocess.run([*command, "--steps", str(options.steps)], check=False).returncode
+    from benchmarks.memory.measure import measure
+
+    print(json.dumps(measure(options.row, job, options.models / job.model, steps=options.steps)))
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in JOBS]
+    if unknown:
+        msg = f"unknown job {unknown[0]}; choose from {', '.join(JOBS)}"
+        raise argparse.ArgumentTypeError(msg)
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=_names, default=list(JOBS), help=f"of {', '.join(JOBS)}; default: all")
+    parser.add_argument("--steps", type=int, default=3, help="training steps a row (%(default)s)")
+    parser.add_argument("--models", type=Path, default=Path("runs/memory"), help="folder of random weights (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.jsonl"), help="raw rows (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="make the table afterwards")
+    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
+    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/memory.md"), help="(%(default)s)")
+    parser.add_argument("--row", choices=tuple(JOBS), help=argparse.SUPPRESS)
+    parser.add_argument("--made", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

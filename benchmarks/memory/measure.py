@@ -1,0 +1,147 @@
+"""One row: a few steps of the SDK's own training loop in this process, which must be a fresh one."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from benchmarks.memory.jobs import Job
+from benchmarks.rows import Row
+from pocketune.allocator import name_allocator, return_freed_memory
+from pocketune.checkpoint import CheckpointFolder
+from pocketune.memory import MemoryLog, read_peak_rss
+from pocketune.methods.lora import add_lora
+from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
+from pocketune.models.load import ModelFolder
+from pocketune.plan.blocks import BlockPlan, Span, parse_plan
+from pocketune.recipe import Recipe
+from pocketune.sampling.batches import BatchMaker
+from pocketune.sampling.draws import Draw
+from pocketune.scratch import Scratch
+from pocketune.step import Batch
+from pocketune.train import train
+from pocketune.weights.fill import Residence
+
+RANK = 16
+
+
+def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
+    """Train for some steps on random latents and text, and say what it took.
+
+    Text encoders and the autoencoder are not loaded: their phases lie before. Libraries and interpreter are counted.
+    """
+    recipe = Recipe.create(
+        instance_prompt=job.title, rank=RANK, steps=steps, checkpoint_every=steps, skip=job.skip, **job.settings
+    )
+    saving = recipe.weights == "streamed" or recipe.activations != "kept"
+    allocator = name_allocator() + (", freed memory returned" if saving and return_freed_memory() else "")
+    model = ModelFolder(job.model, folder)
+    floor = read_peak_rss() or 0
+    with MemoryLog(interval_s=0.02) as memory, tempfile.TemporaryDirectory(dir=folder) as work:
+        memory.phase("loading")
+        plan = parse_plan(job.skip, model.block_count)
+        side = job.resolution // (model.native_resolution // model.sizes.native)
+        adapter = model.load_denoiser(
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            blocks=plan.kept,
+            weights=Residence(streamed=recipe.weights == "streamed", bits=recipe.weight_bits),
+            latent_side=side,
+        )
+        parameters = add_lora(adapter, blocks=plan.kept, rank=RANK, targets=recipe.lora_targets, seed=recipe.seed)
+        memory.phase("training")
+        scratch = Scratch(Path(work)) if recipe.activations == "on_disk" else None
+        marks = [(time.process_time(), time.monotonic())]
+        losses = train(
+            adapter,
+            parameters,
+            plan,
+            recipe,
+            [()] * steps,
+            cast(BatchMaker, _RandomBatches(model, adapter, plan, side=side, text_tokens=job.text_tokens)),
+            cache=None,
+            checkpoints=CheckpointFolder(Path(work), fingerprint=""),
+            scratch=scratch,
+            on_step=lambda *_: marks.append((time.process_time(), time.monotonic())),
+        )
+        spilled = 0 if scratch is None else scratch.written_bytes // steps
+    peaks = memory.peaks()
+    spans = list(zip(marks[1:], marks[:-1], strict=True))
+    return {
+        "job": name,
+        "settings": hashlib.sha256(repr((job, RANK)).encode()).hexdigest()[:8],
+        "title": job.title,
+        "compared": job.compared,
+        "recipe": {key: value for key, value in job.settings.items() if key != "lora_targets"},
+        "rank": RANK,
+        "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "steps": steps,
+        "finite": all(torch.isfinite(torch.tensor(losses)).tolist()),
+        "peak_rss_bytes": read_peak_rss(),
+        "peak_anonymous_bytes": max(reading.anonymous_bytes for reading in peaks.values()),
+        "peak_file_bytes": max(reading.file_bytes for reading in peaks.values()),
+        "floor_bytes": floor,
+        "loading_rss_bytes": peaks["loading"].rss_bytes,
+        "cpu_s_per_step": [round(a[0] - b[0], 2) for a, b in spans],
+        "wall_s_per_step": [round(a[1] - b[1], 2) for a, b in spans],
+        "spilled_bytes_per_step": spilled,
+        "weights": "random bfloat16, a block of 64 MB repeated; arithmetic in float32",
+        "threads": torch.get_num_threads(),
+        "allocator": allocator,
+        "torch": torch.__version__,
+    }
+
+
+class _RandomBatches:
+    """Stands for a `BatchMaker`: random tensors in the shapes of a job, with features of the skipped spans."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, model: ModelFolder, adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, text_tokens: int) -> None:
+        self._model, self._adapter, self._plan = model, adapter, plan
+        self._side, self._text_tokens = side, text_tokens
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, draws: Sequence[Draw], features: Any = None) -> Batch:  # noqa: ARG002 - all is random here
+        config, flow = self._model.denoiser_config, self._model.family.flow_matching
+        width = config.get("joint_attention_dim") or config.get("cross_attention_dim") or config["caption_channels"]
+        pooled = config.get("pooled_projection_dim")
+        takes_sizes = self._model.family.takes_sizes
+        if takes_sizes:
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        channels = config["in_channels"] // (4 if "Flux" in config["_class_name"] else 1)
+        sigma = torch.full((1,), 0.6)
+        return Batch(
+            latents=self._random(1, channels, self._side, self._side),
+            noise=self._random(1, channels, self._side, self._side),
+            timesteps=1000 * sigma,
+            sigmas=sigma,
+            alphas=None if flow else (1 - sigma**2) ** 0.5,
+            objective="flow" if flow else "epsilon",
+            prompt=Prompt(
+                hidden=self._random(1, self._text_tokens, width),
+                pooled=self._random(1, pooled) if pooled else None,
+                sizes=torch.full((1, 6), 1024.0) if takes_sizes else None,
+            ),
+            loss_weights=torch.ones(1),
+            features={span: self._features(span) for span in self._plan.skipped_spans},
+        )
+
+    def _features(self, span: Span) -> tuple[Tensor, ...]:
+        if isinstance(self._adapter, SkipConnected):
+            message = "the benchmark has no job that skips layers of a U-Net"
+            raise TypeError(message)
+        image = (self._side // self._adapter.patch_size) ** 2
+        tokens = [image] if span.stop == self._plan.block_count else [image, self._text_tokens]
+        return tuple(self._random(1, count, self._model.width) for count in tokens)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
