@@ -26,7 +26,7 @@ def memory_table(rows: Sequence[Row]) -> str:
         f"{_mb(min(newest[name]['floor_bytes'] for name in order))} MB before the model is there. Batch 1, LoRA of rank "
         f"{newest[order[0]]['rank']}, AdamW, arithmetic in float32, random weights stored in bfloat16; text encoders and VAE "
         "are not loaded. The three peaks need not be of one moment. The page cache, where weights and scratch file lie as long "
-        "as there is room, is no memory of the process. CPU seconds are of the last step, on a machine that did other work too.",
+        "as there is room, is no memory of the process. CPU seconds are of the last step, on a busy machine.",
         "",
         *_HEAD,
     ]

@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 SLICE_VALUES = 2**18
-"""Values converted at a time: their pages are dropped before the next are touched, and they fit a processor's cache."""
+"""Values read and converted at a time; they fit a processor's cache."""
 
 _FAULT_AROUND = 2**16
 
@@ -90,6 +90,7 @@ class MappedFile:
             msg = f"the weights {path} are damaged or cannot be read ({error}). Download the model again."
             raise ModelError(msg) from error
         self.path = path
+        self._buffers: dict[int, Tensor] = {}
         unknown = {entry.dtype for entry in self._header.tensors.values()} - set(DTYPES)
         if unknown:
             msg = f"{path} holds values of type {min(unknown)}, which cannot be read. Convert the model with diffusers."
@@ -122,6 +123,26 @@ class MappedFile:
     def place(self, name: str) -> Place:
         """Where a tensor lies."""
         return Place(self, self.entries[name].start, self.entries[name].end)
+
+    def read(self, start: int, size: int, *, slot: int = 0) -> Tensor:
+        """Bytes of the file as uint8, in a buffer that the next read of the same slot uses again.
+
+        Unlike the mapped memory this maps no pages, of which the system would map some more around each that is touched.
+
+        Raises:
+            ModelError: the file became shorter.
+        """
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[slot] = torch.empty(size, dtype=torch.uint8)
+        target, done = buffer[:size].numpy().data, 0
+        while done < size:
+            got = os.preadv(self._file.fileno(), [target[done:]], start + done)
+            if got == 0:
+                msg = f"the weights {self.path} became shorter while they were used. Download the model again."
+                raise ModelError(msg)
+            done += got
+        return buffer[:size]
 
     def expect(self, start: int, stop: int) -> None:
         """Ask the system to read a range of bytes ahead into its page cache, which is not memory of this process."""
@@ -203,20 +224,20 @@ class WeightStore:
         """A weight of two or more dimensions, to be read in parts."""
         file = self._owner.get(name + CODES)
         if file is None:
-            return PlainMatrix(self.view(name), self._owner[name].place(name))
-        codes, scales, zeros = (file.view(name + end) for end in (CODES, SCALES, ZEROS))
-        packed = Packed(codes=codes, scales=scales, zeros=zeros, bits=file.packed_bits)
-        return PackedMatrix(packed, file.packed_shape(name), [file.place(name + end) for end in (CODES, SCALES, ZEROS)])
+            file = self._owner[name]
+            return PlainMatrix(file.place(name), file.entries[name].shape, DTYPES[file.entries[name].dtype])
+        places = [file.place(name + end) for end in (CODES, SCALES, ZEROS)]
+        groups = file.entries[name + SCALES].shape[1]
+        return PackedMatrix(places, file.packed_shape(name), bits=file.packed_bits, groups=groups)
 
 
 class PlainMatrix:
     """A weight in its own floating-point type."""
 
-    def __init__(self, view: Tensor, place: Place) -> None:
-        """Take (rows, columns) or (rows, columns, height, width)."""
-        self._view = view.reshape(view.shape[0], view.shape[1], -1)
-        self.rows, self.columns, self.taps = self._view.shape
-        self._place = place
+    def __init__(self, place: Place, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Take a weight of (rows, columns) or (rows, columns, height, width)."""
+        self.rows, self.columns, self.taps = shape[0], shape[1], math.prod(shape[2:])
+        self._place, self._dtype = place, dtype
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -225,22 +246,19 @@ class PlainMatrix:
 
     def read(self, rows: range, columns: range, out: Tensor) -> None:
         """Copy a part, converting it."""
-        row_bytes = self._view.stride(0) * self._view.element_size()
         for some in _slices(rows, self.columns * self.taps):
-            part = self._view[some.start : some.stop, columns.start : columns.stop]
+            stored = _rows(self._place, some, self._dtype, self.columns * self.taps)
+            part = stored.view(len(some), self.columns, self.taps)[:, columns.start : columns.stop]
             out[some.start - rows.start : some.stop - rows.start].copy_(part)
-            start = self._place.start
-            self._place.file.drop(start + some.start * row_bytes, start + some.stop * row_bytes)
 
 
 class PackedMatrix:
     """A weight in few bits."""
 
-    def __init__(self, packed: Packed, shape: Sequence[int], places: Sequence[Place]) -> None:
-        """Take mapped codes, scales and zeros; `shape` is that of the weight before it was packed."""
+    def __init__(self, places: Sequence[Place], shape: Sequence[int], *, bits: int, groups: int) -> None:
+        """Take where codes, scales and zeros lie, the shape of the weight before it was packed, and the groups of a row."""
         self.rows, self.columns, self.taps = shape[0], shape[1], math.prod(shape[2:])
-        self._packed = packed
-        self._places = tuple(places)
+        self._places, self._bits, self._groups = tuple(places), bits, groups
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -249,25 +267,21 @@ class PackedMatrix:
 
     def read(self, rows: range, columns: range, out: Tensor) -> None:
         """Unpack a part; with several groups to a row, `columns` must begin and end where groups do."""
-        packed, codes_place = self._packed, self._places[0]
-        row_bytes = packed.codes.shape[1]
-        groups = packed.scales.shape[1]
-        group = self.columns * self.taps // groups
+        codes, scales, zeros = self._places
+        width = self.columns * self.taps
+        group, per_byte = width // self._groups, 8 // self._bits
         first, last = columns.start * self.taps, columns.stop * self.taps
-        per_byte = 8 // packed.bits
         wanted = slice(first // group, -(-last // group))
-        for some in _slices(rows, self.columns * self.taps):
-            part = slice(some.start, some.stop)
+        for some in _slices(rows, width):
             unpack(
                 Packed(
-                    codes=packed.codes[part, first // per_byte : last // per_byte],
-                    scales=packed.scales[part, wanted],
-                    zeros=packed.zeros[part, wanted],
-                    bits=packed.bits,
+                    codes=_rows(codes, some, torch.uint8, width // per_byte)[:, first // per_byte : last // per_byte],
+                    scales=_rows(scales, some, torch.float32, self._groups, slot=1)[:, wanted],
+                    zeros=_rows(zeros, some, torch.uint8, self._groups, slot=2)[:, wanted],
+                    bits=self._bits,
                 ),
                 out[some.start - rows.start : some.stop - rows.start].view(len(some), last - first),
             )
-            codes_place.file.drop(codes_place.start + some.start * row_bytes, codes_place.start + some.stop * row_bytes)
 
 
 def weight_files(folder: Path, *, name: str) -> list[Path]:
@@ -328,6 +342,12 @@ def _indexed_shards(index: Path) -> set[str]:
         msg = f"the index {index} names files outside of its folder. Download the model from its publisher."
         raise ModelError(msg)
     return shards
+
+
+def _rows(place: Place, rows: range, dtype: torch.dtype, values: int, *, slot: int = 0) -> Tensor:
+    """Rows of a stored matrix with so many values a row, until the slot is used again."""
+    size = values * dtype.itemsize
+    return place.file.read(place.start + rows.start * size, len(rows) * size, slot=slot).view(dtype).view(len(rows), values)
 
 
 def _slices(rows: range, row_values: int) -> Iterator[range]:

@@ -1,0 +1,69 @@
+"""The memory benchmark: its rows come from the SDK's own training loop, its table from rows alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.memory.__main__ import main
+from benchmarks.memory.jobs import JOBS, LOW, Job
+from benchmarks.memory.measure import RANK, measure
+from benchmarks.memory.table import memory_table
+from benchmarks.memory.weights import write_random
+from benchmarks.rows import append_row
+from pocketune.models.load import PUBLISHED
+from pocketune.recipe import Recipe
+from pocketune.tensorfile import open_tensor_file
+
+torch.set_num_threads(1)
+
+
+def row(name: str, peak: float) -> dict[str, object]:
+    return {
+        "job": name,
+        "title": JOBS[name].title,
+        "compared": "",
+        "rank": RANK,
+        "peak_rss_bytes": peak,
+        "peak_anonymous_bytes": 3e8,
+        "peak_file_bytes": 1e8,
+        "floor_bytes": 2e8,
+        "cpu_s_per_step": [9.0, 7.25],
+        "spilled_bytes_per_step": 5e7,
+    }
+
+
+def test_every_job_is_a_valid_recipe_of_a_published_model() -> None:
+    for job in JOBS.values():
+        assert job.model in PUBLISHED
+        Recipe.create(instance_prompt=job.title, skip=job.skip, **job.settings)
+
+
+def test_random_weights_are_a_sound_file(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"a": (3, 5), "b": (7,), "c": (2, 2, 3, 3)}
+    write_random(tmp_path / "w.safetensors", shapes)
+    found = open_tensor_file(tmp_path / "w.safetensors")
+    assert {name: entry.shape for name, entry in found.tensors.items()} == shapes
+    assert found.dtypes == ("BF16",)
+    assert all(not found.statistics(name).zero and found.statistics(name).finite for name in shapes)
+
+
+@pytest.mark.parametrize("skip", ["none", "0-1,5"])
+def test_a_row_is_measured_on_the_real_training_loop(tiny_folder: Path, skip: str) -> None:
+    job = Job(title="tiny", model="tiny", resolution=64, text_tokens=20, skip=skip, settings=LOW)
+    found = measure("tiny", job, tiny_folder, steps=2)
+    assert found["finite"]
+    assert len(found["cpu_s_per_step"]) == len(found["wall_s_per_step"]) == found["steps"] == 2
+    assert found["peak_rss_bytes"] >= found["peak_anonymous_bytes"] > 0
+    assert not list(tiny_folder.glob("tmp*"))
+
+
+def test_table_takes_the_newest_row_of_each_job(tmp_path: Path) -> None:
+    rows = tmp_path / "memory.jsonl"
+    for name, peak in (("sd35-512", 9e8), ("flux-256", 12e8), ("sd35-512", 8e8)):
+        append_row(rows, row(name, peak))
+    assert main(["--table-only", "--out", str(rows), "--table-file", str(tmp_path / "memory.md")]) == 0
+    lines = [line for line in (tmp_path / "memory.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line.split("|")[2].strip() for line in lines[1:]] == ["800", "1200"]
+    assert "| 7.2 |" in lines[1]
+    assert memory_table([]) == ""
