@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.embedders import DEFAULT_MODELS, open_embedder, open_prompt_judge
+from benchmarks.quality.embedders import open_embedder, open_prompt_judge
 from benchmarks.quality.measure import measure
 from benchmarks.quality.methods import DEFAULT_METHODS, METHODS, POCKET_RECIPE, PocketunePainter
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
@@ -23,6 +23,7 @@ from benchmarks.quality.table import quality_table
 from benchmarks.rows import Row, read_rows
 from benchmarks.steering import quiet_loading, weights_digest
 from pocketune.atomic import write_text
+from pocketune.embedders import DEFAULT_MODELS
 from pocketune.errors import PocketuneError, RecipeError
 from pocketune.recipe import Recipe
 

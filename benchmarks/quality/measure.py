@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.quality.embedders import ImageEmbedder, PromptJudge
+from benchmarks.quality.embedders import PromptJudge
 from benchmarks.quality.methods import Method, Painter
 from benchmarks.quality.subjects import BoothSubject
 from benchmarks.rows import Row, append_row, read_rows
+from pocketune.embedders import ImageEmbedder
 
 KEY = ("model", "weights", "settings", "embedder", "prompt_judge", "method", "subject", "prompt", "seed")
 """What tells one row from another."""

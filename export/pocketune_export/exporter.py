@@ -19,7 +19,9 @@ from pocketune.memory import read_memory
 from pocketune.methods.lora import ADAPTER, add_lora, start_values
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder, open_model
-from pocketune.plan.blocks import BlockPlan, parse_plan
+from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.select import selection_of
+from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
 from pocketune_export import manifest as m
@@ -119,7 +121,9 @@ class _Export:
         self._writers = writers
         self._on_progress = on_progress
         self._written = 0
-        self._plan: BlockPlan = parse_plan(recipe.skip, folder.block_count)
+        self._plan: BlockPlan = plan_for(
+            folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection_of(folder)
+        )
         check_exportable(recipe)
         self._resolution = resolution_of(folder, recipe)
         side = self._resolution // folder.vae_scale

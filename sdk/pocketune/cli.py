@@ -1,4 +1,4 @@
-"""The command line: personalize, sample, inspect, doctor.
+"""The command line: personalize, sample, select-blocks, inspect, doctor.
 
 torch is imported by the commands that train or sample, not here, so that the others answer at once.
 """
@@ -71,7 +71,7 @@ def personalize(
     model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win over it.")] = None,
     skip: Annotated[
-        str | None, typer.Option(help="Blocks not to train: none, auto, hollow:0.3 or ranges such as 0-3,8-11.")
+        str | None, typer.Option(help="Blocks not to train: none, auto, auto:0.3, hollow:0.3 or ranges such as 0-3.")
     ] = None,
     patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
     gradient: Annotated[str | None, typer.Option(help="How it is had: backprop, zeroth_order, or mixed.")] = None,
@@ -159,6 +159,53 @@ def sample(
     elif not quiet:
         for path in paths:
             typer.echo(str(path))
+
+
+@app.command()
+def select_blocks(
+    out: Annotated[
+        Path, typer.Option("--out", help="The JSON file to write; a page with the same name too.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="A RUN of this model; several. Default for built-in models: rendered toys are trained."),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="Who compares images: pocket, dino or clip; default: pocket for built-in models, else dino."),
+    ] = None,
+    embedder_model: Annotated[str | None, typer.Option(help="Local folder or hub id of DINO or CLIP.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Of the images, each for every prompt; default: 0.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
+    work: Annotated[Path | None, typer.Option(help="Folder of the toys' runs; default: beside --out.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find which blocks can be skipped, by hiding text in them. A search that was stopped goes on when repeated."""
+    with clear_errors():
+        with needing_extra("train"):
+            from pocketune.choosing import choose_blocks
+        with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
+            selection = choose_blocks(
+                model,
+                out=out,
+                runs=run or [],
+                embedder=embedder,
+                embedder_model=embedder_model,
+                seeds=seed or [0],
+                steps=steps,
+                work=work or out.with_name(f"{out.stem}-runs"),
+                on_progress=display,
+            )
+    if as_json:
+        typer.echo(selection.model_dump_json())
+    elif not quiet:
+        print_facts(Console(), {"selection": str(out), "report": str(out.with_suffix(".html"))})
+        for split in selection.splits():
+            typer.echo(
+                f"{split.first + split.last:3} skipped: first {split.first}, last {split.last} (distance {split.score:.4f})"
+            )
 
 
 @app.command()

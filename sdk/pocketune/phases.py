@@ -24,10 +24,11 @@ from pocketune.features.cache import FeatureCache, cache_key, remove_other_cache
 from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
-from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
 from pocketune.models.load import ModelFolder
 from pocketune.photos import Photo
 from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.select import SELECTION_FILE, selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
@@ -56,6 +57,7 @@ class Phases:
     on_progress: OnProgress
     seconds: dict[str, float] = field(default_factory=dict)
     trained_parameters: int = 0
+    chosen_by: str = "the recipe"
     choices: tuple[Choice, ...] = ()
     posteriors: dict[CropKey, Posterior] = field(default_factory=dict)
     cache_bytes: int = 0
@@ -141,7 +143,16 @@ class Phases:
 
     def plan_blocks(self) -> BlockPlan:
         """Which blocks are skipped; refuses what makes no sense for the architecture."""
-        return plan_for(self.folder.empty_denoiser(), self.recipe.skip, use_residuals=self.recipe.use_residuals)
+        adapter = self.folder.empty_denoiser()
+        selection = selection_of(self.folder) if self.recipe.skip.startswith("auto") else None
+        plan = plan_for(adapter, self.recipe.skip, use_residuals=self.recipe.use_residuals, selection=selection)
+        if self.recipe.skip.startswith("auto") and not isinstance(adapter, SkipConnected):
+            self.chosen_by = (
+                f"masking text in this model ({SELECTION_FILE})"
+                if selection
+                else f"the proportions found for FLUX; no {SELECTION_FILE} of these weights lies in the model's folder"
+            )
+        return plan
 
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""
@@ -379,6 +390,7 @@ class Phases:
         return {
             "blocks": plan.block_count,
             "skipped": plan.describe(),
+            "chosen_by": self.chosen_by,
             "trained_blocks": list(plan.kept),
             "trained_parameters": self.trained_parameters,
             "residuals": bool(plan.skipped) and self.recipe.use_residuals,

@@ -91,6 +91,21 @@ def memory_plot(rows: Sequence[MemoryRow]) -> str:
     return _svg(figure, name="memory")
 
 
+def distance_plot(first: Sequence[Sequence[float]], last: Sequence[Sequence[float]]) -> str:
+    """Distance by the number of masked blocks as SVG: the first ones and the last ones, each model pale, their means strong."""
+    figure, axes = _canvas()
+    for sides, colour, name in ((first, ACCENT, "first blocks"), (last, PHASE_COLOURS["features"], "last blocks")):
+        for values in sides:
+            axes.plot(range(len(values)), values, color=colour, alpha=0.25, linewidth=0.9)
+        axes.plot(range(len(sides[0])), np.mean(np.asarray(sides), axis=0), color=colour, linewidth=2.0, label=name)
+    axes.set_xlabel("blocks masked")
+    axes.set_ylabel("distance")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_ylim(bottom=0.0)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _svg(figure, name="distance")
+
+
 def smooth(values: Sequence[float]) -> NDArray[np.float64]:
     """Exponential mean over a twentieth of the values but at least five, corrected for its start at zero; shape (values,)."""
     decay = 1.0 - 1.0 / max(5, len(values) // 20)

@@ -26,7 +26,7 @@ class Recipe(BaseModel):
 
     skip: str = Field(
         default="none",
-        description='Blocks not trained: "none", "auto", "hollow:0.3" (share around the middle) or ranges such as "0-3,8-11".',
+        description='Blocks not trained: "none", "auto", a share such as "auto:0.3" or "hollow:0.3", or ranges such as "0-3".',
     )
     use_residuals: bool = Field(default=True, description="Add cached residuals for skipped blocks; false is the ablation.")
     cache_dtype: Literal["float32", "bfloat16", "int8"] = Field(

@@ -10,12 +10,13 @@ from PIL import Image
 import pocketune
 from benchmarks.intervals import mean_estimate, ratio_estimate
 from benchmarks.quality.__main__ import main, settings_text
-from benchmarks.quality.embedders import Clip, DinoEmbedder, PocketEmbedder, PocketPromptJudge, open_embedder
+from benchmarks.quality.embedders import Clip, PocketEmbedder, PocketPromptJudge, open_embedder
 from benchmarks.quality.measure import measure, subject_similarity
 from benchmarks.quality.methods import METHODS, PocketunePainter
 from benchmarks.quality.subjects import AskedPrompt, asked_scene, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table, subject_means
 from benchmarks.rows import append_row, read_rows
+from pocketune.embedders import DinoEmbedder
 from pocketune.errors import FileFormatError, ModelError, RecipeError
 from pocketune.pocket.draw import render
 from pocketune.pocket.judges import RESERVED_TOYS

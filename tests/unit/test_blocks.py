@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketune.errors import PlanError
-from pocketune.plan.blocks import BlockPlan, half_split, parse_plan
+from pocketune.plan.blocks import BlockPlan, number_to_skip, parse_plan, usual_split
 
 
 @given(st.sets(st.integers(0, 19), max_size=19))
@@ -17,9 +17,13 @@ def test_spans_tile_the_blocks_and_text_round_trips(skipped: set[int]) -> None:
 
 
 def test_auto_keeps_the_papers_proportions() -> None:
-    plan = half_split(57)
+    assert [number_to_skip(57, share) for share in (0.3, 0.4, 0.5)] == [17, 23, 29]
+    assert [usual_split(57, share).describe() for share in (0.3, 0.4)] == ["0-6,47-56", "0-12,47-56"]
+    plan = usual_split(57, 0.5)
     assert plan.skipped == (*range(19), *range(47, 57))
     assert parse_plan("auto", 12).describe() == "0-3,10-11"
+    shares = {"auto:0": "none", "auto:0.01": "11", "auto:0.3": "0-1,10-11", "auto:0.5": "0-3,10-11", "auto:0.99": "0-8,10-11"}
+    assert {text: parse_plan(text, 12).describe() for text in shares} == shares
 
 
 def test_a_share_is_a_run_around_the_middle() -> None:

@@ -68,6 +68,7 @@ def test_embedding_page_shows_progress_stops_and_goes_on(
         "docs/concepts.md",
         "docs/models.md",
         "docs/methods/block-skip.md",
+        "docs/methods/block-selection.md",
         "docs/methods/dynamic-patches.md",
         "docs/methods/hollowed-net.md",
         "docs/decisions/0001-absolute-prefix.md",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -53,6 +53,20 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class TextAttention:
+    """Where a block lets the image see the text.
+
+    Attributes:
+        module: inside whose forward all of it happens.
+        joined: how the tokens of both lie in queries and keys, with `hidden_states` and `encoder_hidden_states` as the module's
+            inputs; None where the module's keys are text alone.
+    """
+
+    module: nn.Module
+    joined: Literal["image first", "text first"] | None = None
+
+
 class DenoiserAdapter(Protocol):
     """A diffusers denoiser as blocks. `embed`, all blocks in order and `head` together equal the model's own forward."""
 
@@ -84,6 +98,9 @@ class DenoiserAdapter(Protocol):
 
     def block(self, index: int, streams: Streams, context: Context) -> Streams:
         """Run one block; a stream that ends in it is missing from the result."""
+
+    def text_attention(self, index: int) -> tuple[TextAttention, ...]:
+        """Where a block lets the image see the text; empty where it does not."""
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Turn the image stream into the model's output, (batch, channels, height, width)."""

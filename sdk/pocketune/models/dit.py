@@ -18,7 +18,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
 
 
@@ -97,6 +97,11 @@ class PixArtAdapter:
             class_labels=None,
         )
         return (image,)
+
+    def text_attention(self, index: int) -> tuple[TextAttention, ...]:
+        """The block's cross-attention."""
+        block: Any = self._blocks[index]
+        return (TextAttention(block.attn2),)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Final norm, modulation, projection and unpatchify."""

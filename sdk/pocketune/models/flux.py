@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
 
 PATCH = 2  # diffusers packs 2 x 2 latent pixels into a token outside of the model, whose own patch size is 1
@@ -106,6 +106,11 @@ class FluxAdapter:
             hidden_states=image, encoder_hidden_states=text, temb=context.embedding, image_rotary_emb=context.rotary
         )
         return (image,) if index == self.block_count - 1 else (image, text)
+
+    def text_attention(self, index: int) -> tuple[TextAttention, ...]:
+        """The joint attention of a double or single block."""
+        blocks, position = self._place(index)
+        return (TextAttention(blocks[position], joined="text first"),)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Final norm, projection and unpacking."""

@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
 from torch import Tensor, nn
 
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Parts, Sizes
 
 
@@ -69,6 +69,10 @@ class SD3Adapter:
         image, text = streams
         text_out, image_out = self._blocks[index](hidden_states=image, encoder_hidden_states=text, temb=context.embedding)
         return (image_out,) if text_out is None else (image_out, text_out)
+
+    def text_attention(self, index: int) -> tuple[TextAttention, ...]:
+        """The joint attention; a dual-attention block's second one sees the image alone."""
+        return (TextAttention(self._blocks[index], joined="image first"),)
 
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Final norm, projection and unpatchify."""

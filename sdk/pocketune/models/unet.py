@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError, PlanError
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams
+from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
 
 _DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -164,6 +164,15 @@ class UNetAdapter:
             return smaller, *streams[1:], image, smaller
         image = self._layer(stage, layer.number, torch.cat((streams[0], streams[-1]), dim=1), context)
         return image if layer.resample is None else stage.upsamplers[0](image, None), *streams[1:-1]
+
+    def text_attention(self, index: int) -> tuple[TextAttention, ...]:
+        """The cross-attentions of a layer; none where it has only convolutions."""
+        layer = self._layers[index]
+        stage: Any = self.model.get_submodule(layer.name)
+        if not hasattr(stage, "attentions"):
+            return ()
+        chosen = stage.attentions if layer.is_middle else [stage.attentions[layer.number]]
+        return tuple(TextAttention(block.attn2) for attention in chosen for block in attention.transformer_blocks)
 
     def head(self, streams: Streams, context: Context) -> Tensor:  # noqa: ARG002 - it needs no timestep
         """Final norm and convolution."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -73,33 +74,36 @@ def parse_plan(
     text: str,
     block_count: int,
     *,
-    auto: Callable[[], BlockPlan] | None = None,
+    auto: Callable[[float], BlockPlan] | None = None,
     hollow: Callable[[float], BlockPlan] | None = None,
 ) -> BlockPlan:
-    """Read "none", "auto", a share of the blocks around the middle such as "hollow:0.3", or ranges such as "0-3,8-11".
+    """Read "none", "auto", shares of the blocks such as "auto:0.3" and "hollow:0.3", or ranges such as "0-3,8-11".
 
     Args:
         text: as a person types it; both ends of a range are inclusive.
         block_count: of the model.
-        auto: what "auto" is; default: `half_split`.
-        hollow: what is skipped for a share of the blocks; default: `middle_run`.
+        auto: what "auto" skips for a share of the blocks, a half where none is named; default: `usual_split`.
+        hollow: what "hollow" skips for a share of the blocks; default: `middle_run`.
 
     Raises:
         PlanError: the text is none of these, or names blocks that the model does not have.
     """
     if text == "none":
         return BlockPlan(block_count)
-    if text == "auto":
-        return auto() if auto else half_split(block_count)
-    if text.startswith("hollow:"):
-        fraction = _fraction(text)
+    kind, colon, share = text.partition(":")
+    if text == "auto" or (kind == "auto" and colon):
+        fraction = _fraction(share, text) if colon else 0.5
+        return auto(fraction) if auto else usual_split(block_count, fraction)
+    if kind == "hollow" and colon:
+        fraction = _fraction(share, text)
         return hollow(fraction) if hollow else middle_run(block_count, fraction)
     skipped: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             msg = (
-                f'cannot read the skip range "{part}" in "{text}": expected none, auto, hollow:0.3, or ranges such as 0-3,8-11.'
+                f'cannot read the skip range "{part}" in "{text}": expected none, auto, auto:0.3, hollow:0.3, or ranges such '
+                "as 0-3,8-11."
             )
             raise PlanError(msg)
         last = int(match[2] or match[1])
@@ -112,14 +116,23 @@ def parse_plan(
     return BlockPlan(block_count, tuple(sorted(skipped)))
 
 
-def half_split(block_count: int) -> BlockPlan:
-    """Skip about half of the blocks, in the proportions that masking chose for FLUX.
+def number_to_skip(block_count: int, fraction: float) -> int:
+    """How many of the blocks a share is: 0 for 0, else at least one, and at most all but one.
 
-    Paper: DiT-BlockSkip (arXiv 2603.20755), Table 4: of 57 blocks the first 19 and the last 10 at 50 %.
+    Rounded half up, as the paper's are: 17, 23 and 29 of 57 for 30, 40 and 50 %.
+    """
+    return min(max(1, math.floor(block_count * fraction + 0.5)), block_count - 1) if fraction else 0
+
+
+def usual_split(block_count: int, fraction: float) -> BlockPlan:
+    """Skip a share of the blocks, in the proportions that masking chose for FLUX: for models that were not searched.
+
+    Paper: DiT-BlockSkip (arXiv 2603.20755), Table 4: of 57 blocks the last 10, and the first 7, 13 and 19 at 30, 40 and 50 %.
     Differs: the proportions stand in for a search on the model at hand.
     """
-    first, last = round(block_count * 19 / 57), round(block_count * 10 / 57)
-    return BlockPlan(block_count, skip_ends(block_count, first, last))
+    skipped = number_to_skip(block_count, fraction)
+    last = min(round(block_count * 10 / 57), skipped)
+    return BlockPlan(block_count, skip_ends(block_count, skipped - last, last))
 
 
 def middle_run(block_count: int, fraction: float) -> BlockPlan:
@@ -135,10 +148,9 @@ def skip_ends(block_count: int, first: int, last: int) -> tuple[int, ...]:
     return tuple(sorted(set(indices)))
 
 
-def _fraction(text: str) -> float:
-    share = text.removeprefix("hollow:")
+def _fraction(share: str, text: str) -> float:
     if not re.fullmatch(r"0(\.\d+)?|\.\d+", share):
-        msg = f'cannot read the share of blocks "{share}" in "{text}": expected a number from 0 to below 1, such as hollow:0.3.'
+        msg = f'cannot read the share of blocks "{share}" in "{text}": expected a number from 0 to below 1, such as 0.3.'
         raise PlanError(msg)
     return float(share)
 

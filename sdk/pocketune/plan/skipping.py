@@ -7,14 +7,15 @@ from typing import Protocol
 
 from pocketune.errors import PlanError
 from pocketune.models.base import DenoiserAdapter, SkipConnected, Streams
-from pocketune.plan.blocks import BlockPlan, Span, half_split, middle_run, parse_plan
+from pocketune.plan.blocks import BlockPlan, Span, middle_run, number_to_skip, parse_plan, usual_split
+from pocketune.plan.select import Selection
 
 
 class Skipping(Protocol):
     """The skipping of one denoiser."""
 
-    def auto(self) -> BlockPlan:
-        """What is skipped where nothing is named: about half of the blocks."""
+    def auto(self, fraction: float = 0.5) -> BlockPlan:
+        """What is skipped where only a share of the blocks is named; 0 skips none."""
 
     def hollow(self, fraction: float) -> BlockPlan:
         """The run around the middle whose share of the blocks is nearest to `fraction`; 0 skips none."""
@@ -42,10 +43,13 @@ class ResidualSkipping:
     """
 
     block_count: int
+    selection: Selection | None = None
 
-    def auto(self) -> BlockPlan:
-        """A third at the start and about a sixth at the end."""
-        return half_split(self.block_count)
+    def auto(self, fraction: float = 0.5) -> BlockPlan:
+        """The first and last blocks that masking found for this model; else in the proportions found for FLUX."""
+        if self.selection is None or not fraction:
+            return usual_split(self.block_count, fraction)
+        return self.selection.split(number_to_skip(self.block_count, fraction)).plan(self.block_count)
 
     def hollow(self, fraction: float) -> BlockPlan:
         """The middle of the list.
@@ -82,9 +86,9 @@ class HollowSkipping:
     block_count: int
     adapter: SkipConnected
 
-    def auto(self) -> BlockPlan:
-        """The run nearest to half of the blocks."""
-        return self.hollow(0.5)
+    def auto(self, fraction: float = 0.5) -> BlockPlan:
+        """The same as `hollow`."""
+        return self.hollow(fraction)
 
     def hollow(self, fraction: float) -> BlockPlan:
         """Of the runs whose layers hand skip connections only to each other, the one nearest in length.
@@ -137,20 +141,22 @@ class HollowSkipping:
         return self.adapter.stream_count(index)
 
 
-def skipping_of(adapter: DenoiserAdapter) -> Skipping:
-    """How a denoiser skips."""
+def skipping_of(adapter: DenoiserAdapter, selection: Selection | None = None) -> Skipping:
+    """How a denoiser skips; `selection` is what was measured of its blocks."""
     if isinstance(adapter, SkipConnected):
         return HollowSkipping(adapter.block_count, adapter)
-    return ResidualSkipping(adapter.block_count)
+    return ResidualSkipping(adapter.block_count, selection)
 
 
-def plan_for(adapter: DenoiserAdapter, skip: str, *, use_residuals: bool = True) -> BlockPlan:
-    """Read a recipe's `skip` for a denoiser.
+def plan_for(
+    adapter: DenoiserAdapter, skip: str, *, use_residuals: bool = True, selection: Selection | None = None
+) -> BlockPlan:
+    """Read a recipe's `skip` for a denoiser; `selection` is what was measured of its blocks, for "auto".
 
     Raises:
         PlanError: the text cannot be read, or the plan makes no sense for the architecture.
     """
-    skipping = skipping_of(adapter)
+    skipping = skipping_of(adapter, selection)
     plan = parse_plan(skip, adapter.block_count, auto=skipping.auto, hollow=skipping.hollow)
     skipping.check(plan, use_residuals=use_residuals)
     return plan

@@ -1,0 +1,98 @@
+"""Image embeddings of the field, DINO and CLIP, from a local folder or a hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pocketune.errors import ModelError
+
+DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
+"""Those of the DreamBooth paper (Ruiz et al. 2023): ViT-S/16 DINO and CLIP ViT-B/32."""
+_CHUNK = 16
+
+
+class ImageEmbedder(Protocol):
+    """Says where images lie in a space in which subjects are apart."""
+
+    name: str
+
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, width)."""
+
+
+class DinoEmbedder:
+    """The class token of a DINO vision transformer, as DreamBooth's DINO score takes it."""
+
+    name = "dino"
+
+    def __init__(self, model: str = DEFAULT_MODELS["dino"]) -> None:
+        """Load from a local folder or a hub id.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        self._network, self._processor = _load(model)
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, width of the transformer)."""
+        parts = [self._network(**_pixels(self._processor, chunk)).last_hidden_state[:, 0] for chunk in _chunks(images)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+class ClipEmbedder:
+    """CLIP's image embedding (CLIP-I)."""
+
+    name = "clip"
+
+    def __init__(self, model: str = DEFAULT_MODELS["clip"]) -> None:
+        """Load from a local folder or a hub id.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        self._network, self._processor = _load(model)
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (n, projection width)."""
+        parts = [projected(self._network.get_image_features(**_pixels(self._processor, chunk))) for chunk in _chunks(images)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+
+def projected(features: Any) -> Tensor:
+    """Take the projected embedding out of the object that transformers 5 wraps it in."""
+    pooled: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return pooled
+
+
+def first_line(error: Exception) -> str:
+    """What a library says first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        network: Any = AutoModel.from_pretrained(model, dtype=torch.float32)
+        load_processor: Any = AutoImageProcessor.from_pretrained
+        processor = load_processor(model)
+    except (OSError, ValueError) as error:
+        msg = f"cannot load the judge {model}: {first_line(error)}. Give a local folder or a hub id, and check the network."
+        raise ModelError(msg) from error
+    return network.eval().requires_grad_(False), processor
+
+
+def _pixels(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+    return {"pixel_values": processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]}
+
+
+def _chunks(images: Sequence[Image.Image]) -> list[Sequence[Image.Image]]:
+    return [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
