@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: install demo test nightly table clean
+.PHONY: install demo test nightly aarch64 optimum table clean
 
 install: $(STAMP)
 
@@ -37,8 +37,19 @@ test: install
 nightly: install
 	$(BIN)/pytest -m slow
 
+# An emulated board, and optimum, which needs older libraries than ours: the nightly tests use them where they are there.
+aarch64: install
+	PIP="$(BIN)/python -m pip" tests/aarch64/prepare.sh build/aarch64
+
+optimum:
+	$(PYTHON) -m venv build/optimum
+	build/optimum/bin/python -m pip install --prefer-binary $(TORCH) onnx onnxruntime "optimum>=2.1,<2.2" \
+		"optimum-onnx==0.1.0" "transformers<4.58" "diffusers>=0.35,<0.37" "huggingface-hub<1"
+
 table: install
 	$(BIN)/python -m benchmarks.quality --table-only
+	$(BIN)/python -m benchmarks.edge_memory --table-only
+	$(BIN)/python -m benchmarks.edge_speed --table-only
 	$(BIN)/python -m benchmarks.insert_tables
 
 clean:

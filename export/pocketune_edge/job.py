@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pocketune.allocator import return_freed_memory, trim
 from pocketune.atomic import replacing, write_text
 from pocketune.errors import Interrupted, NoEffectError, RunError
 from pocketune.memory import MemoryLog, read_memory
@@ -54,14 +55,16 @@ class Job:
     memory: MemoryLog
     on_progress: OnProgress
     seconds: dict[str, float] = field(default_factory=dict)
+    step_cpu_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
-    def phase(self, name: str, *, kept: bool = False) -> Iterator[Sessions]:
+    def phase(self, name: str, *, resumable: bool = False, keep: bool = True) -> Iterator[Sessions]:
         """Time a phase, mark it in the memory log, and close its graphs at its end.
 
         Args:
             name: of the phase.
-            kept: Ctrl-C loses nothing of what the phase has finished.
+            resumable: Ctrl-C loses nothing of what the phase has finished.
+            keep: leave graphs open between their uses, unless streaming.
 
         Raises:
             Interrupted: on Ctrl-C in a phase whose work is kept.
@@ -69,11 +72,11 @@ class Job:
         self.memory.phase(name)
         self.tell(name, 0, 0, "step")
         began = time.monotonic()
-        sessions = Sessions(self.bundle, keep=not self.streaming, threads=self.threads)
+        sessions = Sessions(self.bundle, keep=keep and not self.streaming, threads=self.threads)
         try:
             yield sessions
         except KeyboardInterrupt as error:
-            if not kept:
+            if not resumable:
                 raise
             msg = f"stopped while making {name}; what is done is kept. Give the same command with --resume to go on."
             raise Interrupted(msg) from error
@@ -81,6 +84,7 @@ class Job:
             sessions.close()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
             gc.collect()
+            trim()
 
     def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
         """Report progress with the memory of this moment."""
@@ -106,7 +110,7 @@ class Job:
         groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
         missing = [number for group in groups if not all(paths[number].exists() for number in group) for number in group]
         if missing:
-            with self.phase("class images", kept=True) as sessions:
+            with self.phase("class images", resumable=True) as sessions:
                 images = render(
                     sessions,
                     [prompt] * len(missing),
@@ -151,7 +155,8 @@ class Job:
         bfloat16 = self.settings.cache_dtype == "bfloat16"
         distinct = {key_of(draw) for draws in batches for draw in draws}
         check_bound(self.bundle.manifest, draws=len(distinct), limit_mb=self.settings.cache_limit_mb, bfloat16=bfloat16)
-        with self.phase("features", kept=True) as sessions:
+        # Each block is used once for many draws, so keeping it open would cost memory and save nothing.
+        with self.phase("features", resumable=True, keep=False) as sessions:
             cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=bfloat16)
             precompute(
                 Denoiser(sessions),
@@ -170,6 +175,14 @@ class Job:
         checkpoints: CheckpointFolder,
     ) -> State:
         """Train, and save the LoRA."""
+        began = time.process_time()
+
+        def tell(done: int, total: int, loss: float) -> None:
+            nonlocal began
+            self.step_cpu_seconds.append(time.process_time() - began)
+            self.tell("training", done, total, "step", loss)
+            began = time.process_time()
+
         with self.phase("training") as sessions:
             stepper = (Streaming if self.streaming else OneGraph)(sessions, self.settings)
             state = train(
@@ -180,7 +193,7 @@ class Job:
                 cache=cache,
                 checkpoints=checkpoints,
                 state=checkpoints.restore(start_values(self.bundle)),
-                on_step=lambda done, total, loss: self.tell("training", done, total, "step", loss),
+                on_step=tell,
             )
             if not state.parameters.any() or np.array_equal(state.parameters, start_values(self.bundle).flat):
                 msg = "training changed nothing. Check the learning rate and the number of steps."
@@ -222,6 +235,8 @@ def personalize(
     """
     run = Path(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    if streaming:
+        return_freed_memory()
     with MemoryLog() as memory:
         memory.phase("bundle")
         opened = open_bundle(bundle, on_bytes=lambda done, total: _tell_bytes(on_progress, done, total))
@@ -246,6 +261,7 @@ def personalize(
                 "feature_cache_bytes": cache.size_bytes if cache else 0,
                 "peaks": {name: asdict(reading) for name, reading in memory.peaks().items()},
                 "seconds": job.seconds,
+                "step_cpu_seconds": job.step_cpu_seconds,
                 "photos": [photo.name for photo in pictures],
                 "versions": {name: version(name) for name in _LIBRARIES},
                 "started": started,
@@ -261,7 +277,7 @@ def _content(bundle: Bundle) -> list[list[str]]:
 
 def _tell_bytes(on_progress: OnProgress, done: int, total: int) -> None:
     rss = read_memory().rss_bytes
-    on_progress(Progress(phase="bundle", done=done // 2**20, total=-(-total // 2**20), unit="MiB", rss_bytes=rss))
+    on_progress(Progress(phase="bundle", done=-(-done // 10**6), total=-(-total // 10**6), unit="megabyte", rss_bytes=rss))
 
 
 @contextmanager

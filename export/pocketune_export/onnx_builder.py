@@ -58,6 +58,9 @@ class Builder:
 
     def ops(self, kind: str, count: int, *inputs: ir.Value | None, **attributes: Attribute) -> tuple[ir.Value, ...]:
         """Append a node of several outputs."""
+        # Optional inputs at the end are left out, not named "": at the latter the fusions of ONNX Runtime 1.31 crash.
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         node = ir.node(kind, inputs, attributes=attributes, num_outputs=count, name=f"{kind}_{len(self.nodes)}")
         for value in node.outputs:
             value.name = f"value_{self._values}"

@@ -44,11 +44,11 @@ class Stepped:
 class Replay:
     """Steps by the graph `train_step`, which stays open, or by the graphs of single blocks, each opened, run and closed."""
 
-    def __init__(self, bundle: Bundle, mode: Mode = "one graph") -> None:
-        """Open nothing yet. bundle: checked."""
+    def __init__(self, bundle: Bundle, mode: Mode = "one graph", *, threads: int = 1) -> None:
+        """Open nothing yet. bundle: checked. threads: of ONNX Runtime."""
         self._manifest = bundle.manifest
         self._mode = mode
-        self._sessions = Sessions(bundle, keep=mode == "one graph", threads=1)
+        self._sessions = Sessions(bundle, keep=mode == "one graph", threads=threads)
 
     def step(self, state: State, batch: Arrays, *, number: int) -> Stepped:
         """The state after one step.

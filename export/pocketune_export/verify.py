@@ -98,7 +98,7 @@ def verify(
     recipe = Recipe.create(**manifest.recipe)
     skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]
     plan = BlockPlan(manifest.model.block_count, tuple(skipped))
-    adapter, parameters = _eager_model(bundle, folder, plan, recipe)
+    adapter, parameters = eager_model(bundle, folder, plan, recipe)
     names = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
     gradients: dict[str, Tensor] = {}
     for name in names:
@@ -188,7 +188,7 @@ def _batch_specs(manifest: Manifest) -> list[TensorSpec]:
     return [spec for spec in manifest.graph("train_step").inputs if spec.name not in optimizer] + streaming_inputs
 
 
-def _eager_model(
+def eager_model(
     bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe
 ) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
     """The PyTorch model with a fresh adapter, its frozen weights rounded as the bundle stores them."""
