@@ -117,20 +117,42 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         """Refuse options without effect, whatever the model: each would mean that something else was wanted."""
-        if self.patches == "none" and (self.patch_min or self.patch_max):
-            msg = (
-                'patch_min and patch_max are sizes of patches, and there are none. Set patches = "dynamic", or leave them out.'
-            )
-            raise ValueError(msg)
-        if self.patches == "resize" and self.patch_max:
-            msg = 'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.'
-            raise ValueError(msg)
-        if self.optimizer_in_backward and self.activations == "kept":
-            msg = (
+        cached = self.skip != "none" and self.use_residuals
+        for wrong, msg in (
+            (
+                self.patches == "none" and (self.patch_min or self.patch_max),
+                'patch_min and patch_max are sizes of patches, and there are none. Set patches = "dynamic", or leave them out.',
+            ),
+            (
+                self.patches == "resize" and self.patch_max,
+                'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.',
+            ),
+            (
+                self.skip == "none" and not self.use_residuals,
+                'use_residuals is about skipped blocks, and none are skipped. Set skip = "auto", or leave it out.',
+            ),
+            (
+                self.cache_dtype != "float32" and not cached,
+                "cache_dtype is about the features of skipped blocks, and none are stored. Skip blocks with residuals, or "
+                "leave it out.",
+            ),
+            (
+                self.refresh_every and not cached and self.draws is None and self.patches in ("none", "resize"),
+                "refresh_every renews a pool, and there is none: no features are stored and every sample is its own draw. Skip "
+                "blocks with residuals, set draws, or leave it out.",
+            ),
+            (
+                self.gradient == "zeroth_order" and self.activations != "kept",
+                "activations are kept for backward, and zeroth order has none. Leave activations out.",
+            ),
+            (
+                self.optimizer_in_backward and self.activations == "kept",
                 "optimizer_in_backward updates a block before the rest of backward, so blocks must be run again in backward. "
-                'Set activations = "recomputed" or "on_disk".'
-            )
-            raise ValueError(msg)
+                'Set activations = "recomputed" or "on_disk".',
+            ),
+        ):
+            if wrong:
+                raise ValueError(msg)
         for prefix, needs, used in (
             ("zo_", "zeroth_order or mixed", self.gradient != "backprop"),
             ("mix_", "mixed", self.gradient == "mixed"),

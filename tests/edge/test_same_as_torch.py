@@ -72,7 +72,9 @@ def test_keys_and_constants_are_shared() -> None:
 
 
 def test_every_valid_recipe_has_settings() -> None:
-    recipe = Recipe(instance_prompt="x", draws=3, refresh_every=9, class_prompt="y", cache_dtype="bfloat16", seed=2**63 - 1)
+    recipe = Recipe(
+        instance_prompt="x", skip="auto", draws=3, refresh_every=9, class_prompt="y", cache_dtype="bfloat16", seed=2**63 - 1
+    )
     settings = Settings.of(json.loads(recipe.model_dump_json()))
     assert all(getattr(settings, name) == getattr(recipe, name) for name in Settings.__dataclass_fields__)
     for name, value in (("steps", 0), ("seed", -1), ("learning_rate", 0), ("batch_size", 1.5), ("instance_prompt", "")):

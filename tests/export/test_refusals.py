@@ -11,7 +11,7 @@ from pocketune_export.exporter import check_exportable
     ("changes", "reason"),
     [
         ({"patches": "dynamic"}, "devices cut whole squares"),
-        ({"cache_dtype": "int8"}, "float32 or bfloat16"),
+        ({"skip": "auto", "cache_dtype": "int8"}, "float32 or bfloat16"),
         ({"gradient": "zeroth_order"}, "its graphs backpropagate"),
         ({"gradient": "mixed"}, "its graphs backpropagate"),
     ],

@@ -23,6 +23,7 @@ def test_auto_keeps_the_papers_proportions() -> None:
     assert plan.skipped == (*range(19), *range(47, 57))
     assert parse_plan("auto", 12).describe() == "0-3,10-11"
     shares = {"auto:0": "none", "auto:0.01": "11", "auto:0.3": "0-1,10-11", "auto:0.5": "0-3,10-11", "auto:0.99": "0-8,10-11"}
+    shares |= {"first:0.5": "0-5", "last:0.25": "9-11", "first:0": "none", "last:0.01": "11"}
     assert {text: parse_plan(text, 12).describe() for text in shares} == shares
 
 

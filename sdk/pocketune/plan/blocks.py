@@ -77,7 +77,9 @@ def parse_plan(
     auto: Callable[[float], BlockPlan] | None = None,
     hollow: Callable[[float], BlockPlan] | None = None,
 ) -> BlockPlan:
-    """Read "none", "auto", shares of the blocks such as "auto:0.3" and "hollow:0.3", or ranges such as "0-3,8-11".
+    """Read "none", "auto", shares of the blocks such as "auto:0.3", or ranges such as "0-3,8-11".
+
+    Shares are "auto:" for some first and last blocks, "hollow:" for those around the middle, "first:" and "last:" for one end.
 
     Args:
         text: as a person types it; both ends of a range are inclusive.
@@ -97,6 +99,9 @@ def parse_plan(
     if kind == "hollow" and colon:
         fraction = _fraction(share, text)
         return hollow(fraction) if hollow else middle_run(block_count, fraction)
+    if kind in ("first", "last") and colon:
+        count = number_to_skip(block_count, _fraction(share, text))
+        return BlockPlan(block_count, skip_ends(block_count, *((count, 0) if kind == "first" else (0, count))))
     skipped: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
