@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 2
             row = json.loads(done.stdout.splitlines()[-1])
             append_row(options.out, row)
-            print(f"{name:24} {row['peak_rss_bytes'] / 1e6:7.0f} MB  CPU s a step {row['cpu_s_per_step']}", flush=True)
+            print(f"{name:24} {row['peak_rss_bytes'] / 1e6:7.0f} MB  CPU s a step {row.get('cpu_s_per_step')}", flush=True)
     if options.table or options.table_only:
         write_text(options.table_file, memory_table(read_rows(options.out)))
         print(f"wrote {options.table_file}")
@@ -40,18 +40,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _row(options: argparse.Namespace) -> int:
-    # Imported here so that the process that starts the others stays small, and knows nothing of models.
-    from benchmarks.memory.weights import model_folder
-
     job = JOBS[options.row]
-    if not options.made:
+    # Imported here so that the process that starts the others stays small.
+    if not options.folder:
         # Made by a process of its own: building a file must not count.
-        model_folder(job.model, options.models)
-        command = [sys.executable, "-m", "benchmarks.memory", "--row", options.row, "--made", "--models", str(options.models)]
+        from benchmarks.memory.pipelines import sd35_pipeline
+        from benchmarks.memory.weights import model_folder
+
+        folder = sd35_pipeline(options.models) if job.whole else model_folder(job.model, options.models)
+        command = [sys.executable, "-m", "benchmarks.memory", "--row", options.row, "--folder", str(folder)]
         return subprocess.run([*command, "--steps", str(options.steps)], check=False).returncode
     from benchmarks.memory.measure import measure
+    from benchmarks.memory.whole import measure_whole
 
-    print(json.dumps(measure(options.row, job, options.models / job.model, steps=options.steps)))
+    print(json.dumps((measure_whole if job.whole else measure)(options.row, job, options.folder, steps=options.steps)))
     return 0
 
 
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
     parser.add_argument("--table-file", type=Path, default=Path("docs/tables/memory.md"), help="(%(default)s)")
     parser.add_argument("--row", choices=tuple(JOBS), help=argparse.SUPPRESS)
-    parser.add_argument("--made", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser
 
 

@@ -20,6 +20,7 @@ class Job:
         text_tokens: of a prompt.
         skip: blocks, as a recipe names them.
         settings: further fields of the recipe.
+        whole: run all phases of a personalization, not training alone.
         compared: what others need for it, and where that figure comes from.
     """
 
@@ -29,6 +30,7 @@ class Job:
     text_tokens: int
     skip: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
     compared: str = ""
 
 
@@ -73,6 +75,14 @@ JOBS: dict[str, Job] = {
         resolution=256,
         skip="0-7,20-23",
         settings={"activations": "recomputed"},
+        **_SD35,
+    ),
+    "sd35-256-half-whole": Job(
+        title="SD3.5-medium with T5-XXL, 256 px, 12 of 24 blocks skipped, whole job",
+        resolution=256,
+        skip="0-7,20-23",
+        settings=LOW | {"vae_tile": 256},
+        whole=True,
         **_SD35,
     ),
     "flux-256": Job(

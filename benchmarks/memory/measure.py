@@ -75,12 +75,7 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     peaks = memory.peaks()
     spans = list(zip(marks[1:], marks[:-1], strict=True))
     return {
-        "job": name,
-        "settings": hashlib.sha256(repr((job, RANK)).encode()).hexdigest()[:8],
-        "title": job.title,
-        "compared": job.compared,
-        "recipe": {key: value for key, value in job.settings.items() if key != "lora_targets"},
-        "rank": RANK,
+        **identity_of(name, job),
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": steps,
         "finite": all(torch.isfinite(torch.tensor(losses)).tolist()),
@@ -92,10 +87,22 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
         "cpu_s_per_step": [round(a[0] - b[0], 2) for a, b in spans],
         "wall_s_per_step": [round(a[1] - b[1], 2) for a, b in spans],
         "spilled_bytes_per_step": spilled,
-        "weights": "random bfloat16, a block of 64 MB repeated; arithmetic in float32",
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "torch": torch.__version__,
+    }
+
+
+def identity_of(name: str, job: Job) -> Row:
+    """What was asked, and a hash of it."""
+    return {
+        "job": name,
+        "settings": hashlib.sha256(repr((job, RANK)).encode()).hexdigest()[:8],
+        "title": job.title,
+        "compared": job.compared,
+        "recipe": {key: value for key, value in job.settings.items() if key != "lora_targets"},
+        "rank": RANK,
+        "weights": "random bfloat16, a block of 64 MB repeated; arithmetic in float32",
     }
 
 

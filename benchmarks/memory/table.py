@@ -25,8 +25,8 @@ def memory_table(rows: Sequence[Row]) -> str:
         "Peaks of a whole fresh process in MB of 1e6 bytes, with interpreter and libraries, which take "
         f"{_mb(min(newest[name]['floor_bytes'] for name in order))} MB before the model is there. Batch 1, LoRA of rank "
         f"{newest[order[0]]['rank']}, AdamW, arithmetic in float32, random weights stored in bfloat16; text encoders and VAE "
-        "are not loaded. The three peaks need not be of one moment. The page cache, where weights and scratch file lie as long "
-        "as there is room, is no memory of the process. CPU seconds are of the last step, on a busy machine.",
+        "are loaded by whole jobs only. The three peaks need not be of one moment. The page cache, where weights and scratch "
+        "file lie as long as there is room, is no memory of the process. CPU seconds are of the last step, on a busy machine.",
         "",
         *_HEAD,
     ]
@@ -37,12 +37,27 @@ def memory_table(rows: Sequence[Row]) -> str:
             _mb(row["peak_rss_bytes"]),
             _mb(row["peak_anonymous_bytes"]),
             _mb(row["peak_file_bytes"]),
-            f"{row['cpu_s_per_step'][-1]:.1f}",
-            _mb(row["spilled_bytes_per_step"]),
+            f"{row['cpu_s_per_step'][-1]:.1f}" if "cpu_s_per_step" in row else "-",
+            _mb(row["spilled_bytes_per_step"]) if "spilled_bytes_per_step" in row else "-",
             row["compared"] or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for name in order:
+        if "phase_peak_rss_bytes" in newest[name]:
+            lines += ["", *_phases(newest[name])]
     return "\n".join([*lines, ""])
+
+
+def _phases(row: Row) -> list[str]:
+    """The peak of each phase of a whole job, which loads text encoders and VAE too."""
+    peaks: dict[str, int] = row["phase_peak_rss_bytes"]
+    return [
+        f"{row['title']}, peak MB of each phase:",
+        "",
+        f"| {' | '.join(peaks)} |",
+        "|---" * len(peaks) + "|",
+        f"| {' | '.join(_mb(peak) for peak in peaks.values())} |",
+    ]
 
 
 def _mb(size_bytes: float) -> str:

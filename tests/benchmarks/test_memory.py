@@ -10,6 +10,7 @@ from benchmarks.memory.jobs import JOBS, LOW, Job
 from benchmarks.memory.measure import RANK, measure
 from benchmarks.memory.table import memory_table
 from benchmarks.memory.weights import write_random
+from benchmarks.memory.whole import measure_whole
 from benchmarks.rows import append_row
 from pocketune.models.load import PUBLISHED
 from pocketune.recipe import Recipe
@@ -56,6 +57,15 @@ def test_a_row_is_measured_on_the_real_training_loop(tiny_folder: Path, skip: st
     assert len(found["cpu_s_per_step"]) == len(found["wall_s_per_step"]) == found["steps"] == 2
     assert found["peak_rss_bytes"] >= found["peak_anonymous_bytes"] > 0
     assert not list(tiny_folder.glob("tmp*"))
+
+
+def test_a_whole_job_tells_the_peak_of_every_phase(tiny_folder: Path) -> None:
+    job = Job(title="tiny", model="tiny", resolution=64, text_tokens=20, skip="0-1,5", settings=LOW, whole=True)
+    found = measure_whole("tiny", job, tiny_folder, steps=1)
+    assert {"photos", "text", "latents", "features", "training", "samples"} <= found["phase_peak_rss_bytes"].keys()
+    table = memory_table([found | {"floor_bytes": 1}])
+    assert "tiny, peak MB of each phase:" in table
+    assert " training |" in table
 
 
 def test_table_takes_the_newest_row_of_each_job(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pocketune.step import Batch, diffusion_loss, flow_matching_loss, predict, s
 from pocketune.train import forget_activations, new_optimizer, train_step
 from pocketune.weights import stream
 from pocketune.weights.fill import RESIDENT, Residence
+from pocketune.weights.matrix import Matrix
 from pocketune.weights.store import WeightStore
 from tests.tolerances import PACKED_LOSS, SUM_ORDER
 
@@ -175,6 +176,19 @@ def test_skipped_blocks_are_never_read(tiny_model: ModelFolder, monkeypatch: pyt
     monkeypatch.setattr(WeightStore, "matrix", lambda store, name: read.append(name) or original(store, name))
     loss_and_gradients(*tuned(tiny_model, plan, STREAMED), plan, batch)
     assert {name.split(".")[1] for name in read if name.startswith("transformer_blocks.")} == {"2", "3", "4"}
+
+
+def test_modulation_is_read_once_a_step(tiny_model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Linears that see the timestep alone, although every block runs twice."""
+    plan = BlockPlan(6)
+    read: list[Matrix] = []
+    original = stream.Tiles.rows
+    monkeypatch.setattr(stream.Tiles, "rows", lambda tiles, matrix, like: read.append(matrix) or original(tiles, matrix, like))
+    adapter, parameters = tuned(tiny_model, plan, STREAMED)
+    recomputed(adapter, parameters, plan, batch_for(tiny_model), None)
+    modulation, query = (adapter.model.get_submodule(f"transformer_blocks.3.{name}") for name in ("norm1.linear", "attn.to_q"))
+    assert read.count(modulation._matrix) == 1
+    assert read.count(query.base_layer._matrix) == 2
 
 
 def test_precomputed_features_are_the_same(tiny_model: ModelFolder) -> None:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pocketune.errors import ModelError, PlanError
+from pocketune.weights.files import weight_files
 from pocketune.weights.packed import packed_copy
 from pocketune.weights.prefetch import Prefetcher
 from pocketune.weights.quant import pack, packed_bytes, unpack
-from pocketune.weights.store import WeightStore, weight_files
+from pocketune.weights.store import WeightStore
 
 
 def matrix(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:

@@ -11,8 +11,9 @@ import transformers
 from accelerate import init_empty_weights
 
 from pocketune.models.quiet import building
+from pocketune.weights.files import weight_files
 from pocketune.weights.fill import fill
-from pocketune.weights.store import WeightStore, weight_files
+from pocketune.weights.store import WeightStore
 
 Renamings = Callable[[str], tuple[str, ...]]
 """From a parameter's name to the names that it may have in a file."""

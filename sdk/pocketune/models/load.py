@@ -19,9 +19,10 @@ from pocketune.models.family import Family
 from pocketune.models.positions import crop_table, promise_table, without_table
 from pocketune.models.quiet import building, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
+from pocketune.weights.files import weight_files, weights_digest
 from pocketune.weights.fill import RESIDENT, Residence, fill
 from pocketune.weights.packed import packed_copy
-from pocketune.weights.store import WeightStore, weight_files, weights_digest
+from pocketune.weights.store import WeightStore
 from pocketune.weights.stream import layer_weights
 
 _WEIGHTS = Path(str(files("pocketune.pocket") / "weights"))

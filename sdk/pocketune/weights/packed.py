@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from pocketune.atomic import replacing
+from pocketune.weights.mapped import BITS_KEY, DTYPES, SHAPES_KEY
+from pocketune.weights.matrix import SLICE_VALUES
 from pocketune.weights.quant import pack, packed_bytes
-from pocketune.weights.store import BITS_KEY, CODES, DTYPES, SCALES, SHAPES_KEY, SLICE_VALUES, ZEROS, WeightStore
+from pocketune.weights.store import CODES, SCALES, ZEROS, WeightStore
 
 GROUP = 64
 """Values that share a scale in 4 bits; with 8 bits it is a whole row."""

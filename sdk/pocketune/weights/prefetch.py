@@ -6,7 +6,8 @@ import threading
 from queue import Empty, Full, Queue
 from weakref import finalize
 
-from pocketune.weights.store import Matrix, Place
+from pocketune.weights.mapped import Place
+from pocketune.weights.matrix import Matrix
 
 _BYTES_AT_A_TIME = 2**22
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pocketune.errors import ModelError
+from pocketune.weights.matrix import Matrix
 from pocketune.weights.prefetch import Prefetcher
-from pocketune.weights.store import Matrix, WeightStore
+from pocketune.weights.store import WeightStore
 
 TILE_BYTES = 2**24
 """Of the buffer that every layer shares; where 64 rows of a layer are larger, so is the buffer."""

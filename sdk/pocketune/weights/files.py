@@ -1,0 +1,69 @@
+"""Which files hold a model's weights, and what tells them from those of another model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pocketune.errors import ModelError
+
+
+def weight_files(folder: Path, *, name: str) -> list[Path]:
+    """The safetensors files of a model's part: the shards that an index names, else all but half-precision variants.
+
+    Args:
+        folder: of the part.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: there are none, or a shard is missing.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in found if ".fp16." not in file.name and ".bf16." not in file.name]
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if ".fp16." in index.name or ".bf16." in index.name:
+            continue
+        shards = _indexed_shards(index)
+        missing = sorted(shards - {file.name for file in found})
+        if missing:
+            msg = (
+                f"{name} lacks {len(missing)} of {len(shards)} weight files in {folder}, first {missing[0]}. Download it again."
+            )
+            raise ModelError(msg)
+        return [folder / shard for shard in sorted(shards)]
+    if not found:
+        msg = f"{name} has no safetensors weights in {folder}. Other formats are not read; convert the model with diffusers."
+        raise ModelError(msg)
+    return plain or found
+
+
+def weights_digest(path: Path) -> str:
+    """Hash a safetensors file's header and the first KiB of each tensor: retraining changes every tensor from its start."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, 2**27))
+            digest.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    file.seek(8 + length + start)
+                    digest.update(file.read(min(end - start, 1024)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"the weights {path} are damaged ({str(error)[:100]}). Download the model again."
+        raise ModelError(msg) from error
+    return digest.hexdigest()
+
+
+def _indexed_shards(index: Path) -> set[str]:
+    try:
+        shards = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"the index {index} is damaged ({error}). Download the model again."
+        raise ModelError(msg) from error
+    if any(Path(shard).name != shard for shard in shards):
+        msg = f"the index {index} names files outside of its folder. Download the model from its publisher."
+        raise ModelError(msg)
+    return shards
