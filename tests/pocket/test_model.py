@@ -42,11 +42,11 @@ def test_it_has_a_name_to_be_opened_with() -> None:
 
 
 def test_prompts_steer_it(model: ModelFolder, pipeline: Any) -> None:
-    """Twelve held-out prompts: colour and background as a rule, class far above the 1 in 12 of chance."""
+    """Twelve held-out prompts in few sampling steps; an interim checkpoint is far above the 1 in 12 of chance."""
     _, shares = measure_steering(pipeline, 12, steps=12, batch_size=12, text=text_arguments(model))
     assert shares["background"] >= 0.9
     assert shares["colour"] >= 0.75
-    assert shares["noun"] >= 0.3
+    assert shares["noun"] >= (0.75 if model.note() is None else 0.3)
 
 
 def test_stock_padding_does_no_harm(model: ModelFolder, pipeline: Any) -> None:
@@ -71,6 +71,7 @@ def test_card_states_what_was_measured(model: ModelFolder) -> None:
     card = (model.path / "README.md").read_text()
     assert f"{measured['steering']['all']:.1%}" in card
     assert measured["steering"]["count"] == 200
+    assert measured["steering"]["all"] >= 0.9 or model.note() is not None
 
 
 @pytest.mark.slow
