@@ -18,3 +18,7 @@ DIRECTIONAL_DERIVATIVE = 2e-2
 PACKED_LOSS = {8: 5e-3, 4: 0.1}
 # Three float32 gradients summed in another order, relative to the largest.
 SUM_ORDER = 1e-5
+# Gradients of scales around a packed weight against autograd on the float layer: float32 sums in another order.
+SCALE_GRADIENT = 1e-5
+# A merged weight against scales applied around the packed one, over six blocks: the same products in another order.
+SCALES_MERGED = 1e-5

@@ -17,7 +17,7 @@ from benchmarks.rows import Row
 from pocketune.allocator import name_allocator, return_freed_memory
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.memory import MemoryLog, read_peak_rss
-from pocketune.methods.lora import add_lora
+from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, Span, parse_plan
@@ -27,7 +27,8 @@ from pocketune.sampling.draws import Draw
 from pocketune.scratch import Scratch
 from pocketune.step import Batch
 from pocketune.train import train
-from pocketune.weights.fill import Residence
+from pocketune.tuning import METHODS
+from pocketune.weights.fill import RESIDENT, Residence
 
 RANK = 16
 
@@ -52,16 +53,17 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
             dtype=torch.float32,
             device=torch.device("cpu"),
             blocks=plan.kept,
-            weights=Residence(streamed=recipe.weights == "streamed", bits=recipe.weight_bits),
+            weights=Residence(streamed=True, bits=recipe.weight_bits) if recipe.weights == "streamed" else RESIDENT,
+            quantization=quantization_of(recipe),
             latent_side=side,
         )
-        parameters = add_lora(adapter, blocks=plan.kept, rank=RANK, targets=recipe.lora_targets, seed=recipe.seed)
+        tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
         memory.phase("training")
         scratch = Scratch(Path(work)) if recipe.activations == "on_disk" else None
         marks = [(time.process_time(), time.monotonic())]
         losses = train(
             adapter,
-            parameters,
+            tuned,
             plan,
             recipe,
             [()] * steps,
@@ -76,7 +78,7 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     spans = list(zip(marks[1:], marks[:-1], strict=True))
     return {
         **identity_of(name, job),
-        "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "trained_parameters": sum(parameter.numel() for parameter in tuned.parameters.values()),
         "steps": steps,
         "finite": all(torch.isfinite(torch.tensor(losses)).tolist()),
         "peak_rss_bytes": read_peak_rss(),

@@ -301,7 +301,7 @@ def _summary(record: RunRecord, out: Path) -> dict[str, Any]:
     values = record.to_json()
     return {
         "run": str(out),
-        "lora": str(out / "lora" / "pytorch_lora_weights.safetensors"),
+        record.recipe.method: str(out / _result(record)),
         "report": str(out / REPORT_FILE),
         "record": str(out / RECORD_FILE),
         "steps": len(record.losses),
@@ -317,14 +317,20 @@ def _print_result(record: RunRecord, out: Path) -> None:
     print_facts(
         console,
         {
-            "lora": str(out / "lora" / "pytorch_lora_weights.safetensors"),
+            record.recipe.method: str(out / _result(record)),
             "report": str(out / REPORT_FILE),
             "took": f"{duration(sum(record.seconds.values()))}, at most {megabytes(peak)} of memory",
-            "check": f"the LoRA loads in stock diffusers and changes the images by {100 * record.check.image_change:.1f} %",
+            "check": f"the result loads in stock diffusers and changes the images by {100 * record.check.image_change:.1f} %",
         },
     )
     if record.model_note:
         print_lines(console, [record.model_note])
+
+
+def _result(record: RunRecord) -> Path:
+    from pocketune.tuning import METHODS
+
+    return METHODS[record.recipe.method].result
 
 
 def _sampling_settings(record: RunRecord | None) -> dict[str, Any]:

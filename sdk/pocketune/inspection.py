@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from pocketune.errors import FileFormatError
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
+from pocketune.scalesfile import describe_scales
 from pocketune.tensorfile import TensorFile, open_tensor_file
 
 LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
+SCALES_FILE = Path("scales/pocketune_scales.safetensors")
 
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _JSON_LIMIT_BYTES = 64_000_000
@@ -24,14 +26,15 @@ class Inspection:
     """What something is.
 
     Attributes:
-        kind: "lora", "tensors" (a .safetensors file of another sort), "run", "model" or "bundle".
+        kind: "lora", "scales" (of a quantized denoiser), "tensors" (a .safetensors file of another sort), "run", "model" or
+            "bundle".
         path: what was looked at.
         size_bytes: of the file, or of all files in the folder.
         facts: by name; JSON-able; which ones there are depends on the kind.
         notes: what a person should know, worst first: an adapter that changes nothing, damaged values, unmatched halves.
     """
 
-    kind: Literal["lora", "tensors", "run", "model", "bundle"]
+    kind: Literal["lora", "scales", "tensors", "run", "model", "bundle"]
     path: str
     size_bytes: int
     facts: dict[str, Any]
@@ -84,7 +87,12 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _inspect_model(folder)
     if (folder / "manifest.json").is_file():
         return _inspect_bundle(folder)
-    if (folder / "run.json").is_file() or (folder / LORA_FILE).is_file() or (folder / "checkpoints").is_dir():
+    if (
+        (folder / "run.json").is_file()
+        or (folder / LORA_FILE).is_file()
+        or (folder / SCALES_FILE).is_file()
+        or (folder / "checkpoints").is_dir()
+    ):
         return _inspect_run(folder)
     tensors = [entry for entry in sorted(folder.glob("*.safetensors")) if not entry.name.startswith(".")]
     if len(tensors) == 1:
@@ -104,6 +112,9 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
         "tensors": len(file.tensors),
         "metadata": {key[:200]: value[:2000] for key, value in file.metadata.items()},
     }
+    if file.metadata.get("pocketune_method") == "scales":
+        scales, notes = describe_scales(file)
+        return Inspection(kind="scales", path=str(file.path), size_bytes=file.size_bytes, facts=facts | scales, notes=notes)
     if not pairs:
         facts["blocks"] = find_blocks(file.tensors)
         return Inspection(kind="tensors", path=str(file.path), size_bytes=file.size_bytes, facts=facts)
@@ -135,6 +146,9 @@ def _inspect_run(folder: Path) -> Inspection:
     if (folder / LORA_FILE).is_file():
         lora = _inspect_tensors(open_tensor_file(folder / LORA_FILE))
         facts["lora"], notes = lora.facts, (*lora.notes, *notes)
+    elif (folder / SCALES_FILE).is_file():
+        scales = _inspect_tensors(open_tensor_file(folder / SCALES_FILE))
+        facts["scales"], notes = scales.facts, (*scales.notes, *notes)
     elif record:
         notes = (f"run.json is there but {LORA_FILE} is not: the result of this run was removed.", *notes)
     return Inspection(kind="run", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)

@@ -18,12 +18,12 @@ from PIL import Image
 from pocketune.allocator import trim
 from pocketune.atomic import replacing
 from pocketune.checkpoint import CheckpointFolder
-from pocketune.delta import LORA_FILE, check_lora_loads, save_lora, trained_norms
 from pocketune.errors import Interrupted, NoEffectError, PlanError
 from pocketune.features.cache import FeatureCache, cache_key, remove_other_caches
 from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
 from pocketune.memory import MemoryLog, read_memory
-from pocketune.methods.lora import add_lora
+from pocketune.methods.base import TuningMethod
+from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
 from pocketune.models.load import ModelFolder
 from pocketune.photos import Photo
@@ -40,7 +40,8 @@ from pocketune.sampling.draws import Draw, Kind, draw_samples, refresh_periods, 
 from pocketune.sampling.patches import Patches, patches_of
 from pocketune.scratch import Scratch
 from pocketune.train import train
-from pocketune.weights.fill import Residence
+from pocketune.tuning import METHODS
+from pocketune.weights.fill import RESIDENT, Residence
 
 SAMPLE_SEED = 1000
 
@@ -79,6 +80,11 @@ class Phases:
         )
 
     @property
+    def method(self) -> TuningMethod:
+        """What is tuned."""
+        return METHODS[self.recipe.method]
+
+    @property
     def low_resolution(self) -> int:
         """Side of the images that mixed training backpropagates on."""
         unit = self.folder.resolution_unit
@@ -92,7 +98,9 @@ class Phases:
     @property
     def residence(self) -> Residence:
         """Where the denoiser's frozen weights are."""
-        return Residence(streamed=self.recipe.weights == "streamed", bits=self.recipe.weight_bits)
+        if self.recipe.weights == "resident":
+            return RESIDENT
+        return Residence(streamed=True, bits=self.recipe.weight_bits)
 
     @property
     def parts_residence(self) -> Residence:
@@ -270,7 +278,13 @@ class Phases:
                 "skipped": plan.skipped,
                 "draws": [[draw.as_dict() for draw in draws] for draws in batches],
                 "resolution": [self.patches.smallest, self.low_resolution],
-                "dtypes": [self.recipe.dtype, self.recipe.cache_dtype, self.recipe.weight_bits],
+                "dtypes": [
+                    self.recipe.dtype,
+                    self.recipe.cache_dtype,
+                    self.recipe.weights,
+                    self.recipe.weight_bits,
+                    self.recipe.quantizer,
+                ],
             }
         )
         if self.recipe.refresh_every:
@@ -304,16 +318,14 @@ class Phases:
         *,
         stop: int,
     ) -> tuple[tuple[float, ...], dict[str, float]]:
-        """Train the kept blocks' LoRA to a step, and save it; the losses so far and the norm of each up-projection."""
+        """Train to a step, and save the result; the losses so far and how far each trained tensor has come."""
         with self.phase("training"):
             adapter = self._denoiser(plan.kept)
-            parameters = add_lora(
-                adapter, blocks=plan.kept, rank=self.recipe.rank, targets=self.recipe.lora_targets, seed=self.recipe.seed
-            )
-            self.trained_parameters = sum(parameter.numel() for parameter in parameters.values())
+            tuned = self.method.attach(adapter, plan=plan, recipe=self.recipe, folder=self.folder)
+            self.trained_parameters = sum(parameter.numel() for parameter in tuned.parameters.values())
             losses = train(
                 adapter,
-                parameters,
+                tuned,
                 plan,
                 self.recipe,
                 batches,
@@ -325,11 +337,11 @@ class Phases:
                 stop=stop,
             )
             if stop == self.recipe.steps:
-                save_lora(adapter, self.run / "lora")
-            return losses, trained_norms(parameters)
+                self.method.save(adapter, tuned, self.run / self.method.result, recipe=self.recipe)
+            return losses, self.method.change(tuned)
 
     def sample_pairs(self) -> tuple[tuple[SamplePair, ...], float]:
-        """Same-seed images without and with the LoRA, and how much it changes them (mean absolute difference, 0 to 1)."""
+        """Same-seed images without and with the result, and how much it changes them (mean absolute difference, 0 to 1)."""
         prompts = self.recipe.sample_prompts or _default_prompts(self.recipe.instance_prompt)
         seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
         with self.phase("samples"):
@@ -349,11 +361,11 @@ class Phases:
                 )
 
             before = render(0)
-            check_lora_loads(pipeline, self.run / "lora" / LORA_FILE)
+            self.method.check(pipeline, self.run / self.method.result, self.folder)
             after = render(len(prompts))
         change = float(np.mean([_difference(a, b) for a, b in zip(before, after, strict=True)]))
         if change == 0.0:
-            msg = "the LoRA loads but changes no image. Train for more steps or with a higher learning_rate."
+            msg = "the result loads but changes no image. Train for more steps or with a higher learning_rate."
             raise NoEffectError(msg)
         pairs = []
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -365,7 +377,12 @@ class Phases:
 
     def _denoiser(self, blocks: Collection[int]) -> DenoiserAdapter:
         return self.folder.load_denoiser(
-            dtype=self.dtype, device=self.device, blocks=blocks, weights=self.residence, latent_side=self.latent_side
+            dtype=self.dtype,
+            device=self.device,
+            blocks=blocks,
+            weights=self.residence,
+            quantization=quantization_of(self.recipe),
+            latent_side=self.latent_side,
         )
 
     def _pipeline(self) -> Any:
@@ -399,6 +416,8 @@ class Phases:
             "feature_pools": len(refresh_periods(self.recipe)),
             "resolution": self.patches.smallest,
             "patches": self.patches.describe(),
+            "method": self.recipe.method,
+            "gradient": self.recipe.gradient,
             "device": str(self.device),
             "dtype": self.recipe.dtype,
             "weights": self.recipe.weights,

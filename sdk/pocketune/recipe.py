@@ -84,6 +84,13 @@ class Recipe(BaseModel):
     zo_queries: int = Field(default=1, ge=1, description="Random directions a zeroth-order step.")
     zo_two_sided: bool = Field(default=True, description="Look both ways along a direction, or one way and from the centre.")
 
+    method: Literal["lora", "scales"] = Field(default="lora", description="What is tuned: LoRA, or scales of packed weights.")
+    quantizer: Literal["minmax", "hqq"] = Field(default="minmax", description='How codes are chosen; "hqq" needs torchao.')
+    scale_intervals: int = Field(default=2, ge=1, le=1000, description="Intervals of timesteps with scales of their own.")
+    scale_inputs: bool = Field(default=True, description="Tune the scales of input channels too; false: PEQA.")
+    scale_learning_rate: float = Field(default=3e-3, gt=0, description="Of output scales, relative to the quantizer's.")
+    scale_in_learning_rate: float = Field(default=1e-3, gt=0, description="Of input scales.")
+
     rank: int = Field(default=4, ge=1, description="LoRA rank; alpha equals it.")
     lora_targets: tuple[str, ...] | None = Field(default=None, description="Linear names inside a block; default: attention.")
 
@@ -96,7 +103,9 @@ class Recipe(BaseModel):
         description="Frozen weights in memory, or on disk and read by layer; the numbers are the same.",
     )
     weight_bits: Literal[4, 8] | None = Field(
-        default=None, description="Use a packed copy of the denoiser's weights, made once; default: the weights as they are."
+        default=None,
+        description="Pack the denoiser's frozen weights: resident ones with a scale to a row, streamed ones as a copy on disk, "
+        "made once; default: the weights as they are.",
     )
     activations: Literal["kept", "recomputed", "on_disk"] = Field(
         default="kept",
@@ -153,15 +162,26 @@ class Recipe(BaseModel):
         ):
             if wrong:
                 raise ValueError(msg)
-        for prefix, needs, used in (
-            ("zo_", "zeroth_order or mixed", self.gradient != "backprop"),
-            ("mix_", "mixed", self.gradient == "mixed"),
-            ("low_resolution", "mixed", self.gradient == "mixed"),
-        ):
+        inert: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+            ("zo_", "gradient", ("zeroth_order", "mixed")),
+            ("mix_", "gradient", ("mixed",)),
+            ("low_resolution", "gradient", ("mixed",)),
+            ("scale_", "method", ("scales",)),
+            ("quantizer", "weight_bits", (4, 8)),
+        )
+        for prefix, setting, wanted in inert:
+            value = getattr(self, setting)
             for name, field in type(self).model_fields.items():
-                if name.startswith(prefix) and not used and getattr(self, name) != field.default:
-                    msg = f'{name} has no effect with gradient = "{self.gradient}". Set gradient = {needs}, or leave it out.'
+                if name.startswith(prefix) and value not in wanted and getattr(self, name) != field.default:
+                    values = " or ".join(map(str, wanted))
+                    msg = f"{name} has no effect while {setting} is {value}. Set {setting} to {values}, or leave {name} out."
                     raise ValueError(msg)
+        if self.method == "scales" and self.weight_bits is None:
+            msg = 'method = "scales" tunes scales of packed weights. Set weight_bits to 8 or 4.'
+            raise ValueError(msg)
+        if self.weights == "streamed" and (self.method == "scales" or self.quantizer != "minmax"):
+            msg = 'scales and quantizer are for packed weights in memory. Set weights = "resident", or leave them out.'
+            raise ValueError(msg)
         return self
 
     @classmethod

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pocketune.delta import LORA_FILE, load_lora
-from pocketune.errors import FileFormatError
 from pocketune.models.load import ModelFolder, open_model
+from pocketune.tuning import find_result, method_of
 
 BATCH = 4
 
@@ -33,7 +32,7 @@ def generate(
     Args:
         model: built-in name, diffusers folder or hub id.
         prompts: one image each.
-        lora: a LoRA file, a folder that holds one, or a RUN folder of `personalize`.
+        lora: a LoRA file or another result of `personalize`, a folder that holds one, or a RUN folder.
         seeds: one a prompt; default 0, 1, 2 and so on. Equal seeds give equal images, whatever the other prompts are.
         steps: of the sampler.
         guidance: guidance scale; default: what suits the architecture, 7 for Stable Diffusion 3.
@@ -47,10 +46,10 @@ def generate(
     """
     folder = open_model(model)
     place = torch.device(device or default_device())
-    path = find_lora(lora) if lora is not None else None
+    path = find_result(lora) if lora is not None else None
     pipeline = folder.pipeline(dtype=torch.float32 if place.type == "cpu" else torch.float16, device=place)
     if path is not None:
-        apply_lora(pipeline, path, folder)
+        method_of(path).apply(pipeline, path, folder)
     return run_pipeline(
         pipeline,
         folder,
@@ -92,36 +91,6 @@ def run_pipeline(
         if on_image is not None:
             on_image(len(images), len(prompts))
     return images
-
-
-def find_lora(path: str | Path) -> Path:
-    """The LoRA file at a path: the file itself, or the one in a folder or a RUN folder.
-
-    Raises:
-        FileFormatError: there is none.
-    """
-    path = Path(path)
-    for candidate in (path, path / LORA_FILE, path / "lora" / LORA_FILE):
-        if candidate.is_file() and candidate.suffix == ".safetensors":
-            return candidate
-    msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE}."
-    raise FileFormatError(msg)
-
-
-def apply_lora(pipeline: Any, path: Path, folder: ModelFolder) -> None:
-    """Load a LoRA into a stock pipeline.
-
-    Raises:
-        FileFormatError: the file is damaged, or belongs to another architecture.
-    """
-    try:
-        load_lora(pipeline, path)
-    except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
-        first = str(error).strip().splitlines()[0][:200]
-        msg = (
-            f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first}. Use the model that it was trained on."
-        )
-        raise FileFormatError(msg) from error
 
 
 def default_device() -> str:

@@ -14,6 +14,7 @@ from pocketune.features.precompute import key_of
 from pocketune.gradients.backprop import Backprop
 from pocketune.gradients.base import Estimate
 from pocketune.gradients.zeroth_order import ZerothOrder
+from pocketune.methods.base import Tuned, unchanged
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
@@ -26,7 +27,7 @@ from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, 
 
 def train(
     adapter: DenoiserAdapter,
-    parameters: dict[str, nn.Parameter],
+    tuned: Tuned,
     plan: BlockPlan,
     recipe: Recipe,
     batches: Sequence[Sequence[Draw]],
@@ -42,7 +43,7 @@ def train(
 
     Args:
         adapter: the denoiser with its adapter; skipped blocks may be gone.
-        parameters: what trains, by name.
+        tuned: what trains.
         plan: what is skipped.
         recipe: optimizer settings and checkpoint interval.
         batches: the draws of each step.
@@ -61,6 +62,7 @@ def train(
         RunError: the loss is no number any more.
     """
     stop = recipe.steps if stop is None else stop
+    parameters = tuned.parameters
     optimizer = new_optimizer(parameters, recipe)
     progressed = checkpoints.restore(parameters, optimizer)
     if recipe.activations != "kept":
@@ -70,10 +72,10 @@ def train(
         for step in range(progressed.step, stop):
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
-                loss = zeroth_order_step(adapter, parameters, plan, recipe, batch, step=step)
+                loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, step=step)
             else:
                 with saved_to(scratch):
-                    loss = train_step(adapter, parameters, plan, recipe, batch, optimizer)
+                    loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs)
             if not torch.isfinite(torch.tensor(loss)):
                 msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
                 raise RunError(msg)
@@ -89,8 +91,14 @@ def train(
 
 
 def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW as in diffusers' script."""
-    return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    """AdamW as in diffusers' script; scales of packed weights have their own learning rates, and do not decay to zero."""
+    rates = {"s_out": recipe.scale_learning_rate, "s_in": recipe.scale_in_learning_rate}
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(name.rpartition(".")[2], []).append(parameter)
+    if not set(groups) & set(rates):
+        return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW([{"params": some, "lr": rates[kind]} for kind, some in groups.items()], weight_decay=0.0)
 
 
 def forget_activations(adapter: DenoiserAdapter, recipe: Recipe, optimizer: torch.optim.AdamW, scratch: Scratch | None) -> None:
@@ -117,9 +125,11 @@ def train_step(
     recipe: Recipe,
     batch: Batch,
     optimizer: torch.optim.AdamW,
+    *,
+    inputs: Callable[[Batch], Batch] = unchanged,
 ) -> float:
     """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update."""
-    estimate = Backprop()(lambda: loss_of(adapter, plan, recipe, batch), parameters, step=0)
+    estimate = Backprop()(lambda: loss_of(adapter, plan, recipe, inputs(batch)), parameters, step=0)
     torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -128,7 +138,7 @@ def train_step(
 
 def zeroth_order_step(
     adapter: DenoiserAdapter,
-    parameters: dict[str, nn.Parameter],
+    tuned: Tuned,
     plan: BlockPlan,
     recipe: Recipe,
     batch: Batch,
@@ -140,14 +150,14 @@ def zeroth_order_step(
     Paper: MeZO (Malladi et al. 2023), algorithm 1.
     """
     estimator = ZerothOrder(
-        adapter.model,
+        tuned.owner,
         seed=recipe.seed,
         queries=recipe.zo_queries,
         epsilon=recipe.zo_epsilon,
         two_sided=recipe.zo_two_sided,
     )
-    estimate = estimator(lambda: loss_of(adapter, plan, recipe, batch), parameters, step=step)
-    descend(parameters, estimate, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+    estimate = estimator(lambda: loss_of(adapter, plan, recipe, tuned.inputs(batch)), tuned.parameters, step=step)
+    descend(tuned.parameters, estimate, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
     return estimate.loss
 
 

@@ -11,6 +11,7 @@ from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import PlanError
 from pocketune.gradients.backprop import Backprop
 from pocketune.gradients.zeroth_order import ZerothOrder
+from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, parse_plan
@@ -181,7 +182,8 @@ def test_unused_parameters_get_no_gradient_and_do_not_move() -> None:
 def test_small_steps_descend(tiny_model: ModelFolder) -> None:
     adapter, parameters, batch = case(tiny_model, NO_SKIP)
     recipe = RECIPE.model_copy(update={"zo_learning_rate": 1e-4, "zo_queries": 4})
-    losses = [zeroth_order_step(adapter, parameters, NO_SKIP, recipe, batch, step=step) for step in range(20)]
+    tuned_lora = Tuned(parameters=parameters, owner=adapter.model)
+    losses = [zeroth_order_step(adapter, tuned_lora, NO_SKIP, recipe, batch, step=step) for step in range(20)]
     assert losses[-1] < losses[0]
 
 

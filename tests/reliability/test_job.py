@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from pocketune import Progress, Recipe, personalize
 from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RunError
+from pocketune.tuning import METHODS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
+SCALES: dict[str, object] = {"method": "scales", "weight_bits": 4, "batch_size": 2}
 
 
 def quick_recipe(**changes: object) -> Recipe:
@@ -66,7 +68,7 @@ def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}, {"gradient": "mixed", "mix_start": 0.7}]
+    "changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}, {"gradient": "mixed", "mix_start": 0.7}, SCALES]
 )
 def test_interrupted_and_resumed_equals_unbroken(
     tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, object]
@@ -88,7 +90,8 @@ def test_interrupted_and_resumed_equals_unbroken(
     if "mix_start" in changes:
         assert 0 < record.plan["zeroth_order_steps"] < 5
         assert "Steps by kind" in (broken / "report.html").read_text(encoding="utf-8")
-    assert (broken / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
+    result = METHODS[recipe.method].result
+    assert (broken / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
 
 
 def test_prior_preservation_trains_on_class_images(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pocketune.models.registry import check_kind, family_named
 from pocketune.weights.files import weight_files, weights_digest
 from pocketune.weights.fill import RESIDENT, Residence, fill
 from pocketune.weights.packed import packed_copy
+from pocketune.weights.quantizers import Quantization, pack_layers
 from pocketune.weights.store import WeightStore
 from pocketune.weights.stream import layer_weights
 
@@ -152,6 +153,7 @@ class ModelFolder:
         device: torch.device,
         blocks: Collection[int] | None = None,
         weights: Residence = RESIDENT,
+        quantization: Quantization | None = None,
         latent_side: int | None = None,
     ) -> DenoiserAdapter:
         """Load the denoiser, frozen, with the weights of the named blocks only (all by default).
@@ -163,6 +165,7 @@ class ModelFolder:
             device: where it runs.
             blocks: the others are taken out.
             weights: whether they are held in memory.
+            quantization: hold the weights of Linears and convolutions packed in memory.
             latent_side: the only size that it will work at, which saves the rest of a table of positions; default: any.
 
         Raises:
@@ -175,7 +178,10 @@ class ModelFolder:
                 adapter.remove_block(index)
         windows = crop_table(adapter.model, latent_side // adapter.patch_size) if latent_side else None
         store = self._store(self.family.component, names, weights)
-        fill(adapter.model, store, dtype=dtype, device=device, streamed=weights.streamed, windows=windows)
+        held: set[str] = set()
+        if quantization is not None:
+            held = pack_layers(adapter.model, quantization, store.load, dtype=dtype, device=device)
+        fill(adapter.model, store, dtype=dtype, device=device, streamed=weights.streamed, held=held, windows=windows)
         adapter.model.requires_grad_(False)
         adapter.model.eval()
         return adapter

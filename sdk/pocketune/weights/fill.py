@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +41,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     streamed: bool,
+    held: Collection[str] = (),
     stored_name: Callable[[str], str] = lambda name: name,
     windows: Windows | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def fill(
         dtype: of floating-point parameters and buffers.
         device: where they go.
         streamed: leave large weights on disk.
+        held: names of weights that the model has already.
         stored_name: the name that a parameter has in the store.
         windows: tensors that are wanted in part.
 
@@ -59,7 +61,7 @@ def fill(
         ModelError: a weight is missing, or of another shape than the configuration says.
     """
     replaced = stream(model, store, dtype=dtype, device=device, stored_name=stored_name) if streamed else {}
-    wanted = [name for name in model.state_dict() if name not in replaced]
+    wanted = [name for name in model.state_dict() if name not in replaced and name not in held]
     missing = [name for name in wanted if stored_name(name) not in store]
     if missing:
         msg = f"{len(missing)} weights are missing from the model's files, first {missing[0]}. Download the model again."

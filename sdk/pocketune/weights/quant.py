@@ -62,8 +62,8 @@ def pack(matrix: Tensor, *, bits: int, group: int | None = None) -> Packed:
     return Packed(codes=codes.contiguous(), scales=scales, zeros=zeros.to(torch.uint8), bits=bits)
 
 
-def unpack(packed: Packed, out: Tensor) -> Tensor:
-    """Write the values of a packed matrix into `out`, (rows, columns), and return it."""
+def unpack(packed: Packed, out: Tensor, *, scaled: bool = True) -> Tensor:
+    """Write the values of a packed matrix into `out`, (rows, columns), and return it; without scales: code - zero."""
     rows, columns = out.shape
     if packed.bits == 4:
         out[:, 0::2].copy_(packed.codes & 15)
@@ -72,7 +72,9 @@ def unpack(packed: Packed, out: Tensor) -> Tensor:
         out.copy_(packed.codes)
     groups = packed.scales.shape[1]
     grouped = out.view(rows, groups, columns // groups)
-    grouped.sub_(packed.zeros[..., None]).mul_(packed.scales[..., None].to(out.dtype))
+    grouped.sub_(packed.zeros[..., None])
+    if scaled:
+        grouped.mul_(packed.scales[..., None].to(out.dtype))
     return out
 
 

@@ -1,0 +1,66 @@
+"""The seam between a training and what it tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from pocketune.models.base import DenoiserAdapter
+from pocketune.models.load import ModelFolder
+from pocketune.plan.blocks import BlockPlan
+from pocketune.recipe import Recipe
+from pocketune.step import Batch
+
+
+def unchanged(batch: Batch) -> Batch:
+    """The inputs of methods that tune the denoiser alone."""
+    return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a training changes.
+
+    Attributes:
+        parameters: by name.
+        owner: the module whose parts hold and use them.
+        inputs: called with the batch whenever a loss is computed; gives what the denoiser sees.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    owner: nn.Module
+    inputs: Callable[[Batch], Batch] = unchanged
+
+
+class TuningMethod(Protocol):
+    """What is tuned, and how the result is stored and used."""
+
+    result: Path
+    """The file in a RUN folder."""
+
+    def attach(self, adapter: DenoiserAdapter, *, plan: BlockPlan, recipe: Recipe, folder: ModelFolder) -> Tuned:
+        """Freeze the denoiser and add what trains, which changes nothing yet."""
+
+    def save(self, adapter: DenoiserAdapter, tuned: Tuned, path: Path, *, recipe: Recipe) -> None:
+        """Write the result, whole or not at all."""
+
+    def change(self, tuned: Tuned) -> dict[str, float]:
+        """By name, how far each trained tensor is from doing nothing, 0 for not at all."""
+
+    def check(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Give a stock pipeline the result that was just written, and compare every tensor with what arrived.
+
+        Raises:
+            NoEffectError: some were ignored.
+        """
+
+    def apply(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Give a stock pipeline the result.
+
+        Raises:
+            FileFormatError: the file is damaged, or belongs to another model.
+        """

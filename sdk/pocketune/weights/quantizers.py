@@ -1,0 +1,115 @@
+"""How the codes of a packed weight are chosen: one scale and one zero a row. A quantizer is one function and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pocketune.errors import PlanError
+from pocketune.weights.layers import PackedConv2d, PackedLinear
+from pocketune.weights.quant import Packed, pack
+
+Quantizer = Callable[[Tensor, int], Packed]
+"""Packs a float matrix, (rows, columns), to a number of bits."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a model's Linears and convolutions are packed: bits of a code, and the quantizer's name."""
+
+    bits: Literal[4, 8]
+    quantizer: str = "minmax"
+
+    def pack(self, weight: Tensor) -> Packed:
+        """The packed form of a weight, (rows, ...).
+
+        Raises:
+            PlanError: the quantizer is not installed.
+        """
+        return QUANTIZERS[self.quantizer](weight.flatten(1).float(), self.bits)
+
+
+def minmax(matrix: Tensor, bits: int) -> Packed:
+    """From the least to the largest value of each row, as TuneQDM's code does."""
+    return pack(matrix, bits=bits)
+
+
+def hqq(matrix: Tensor, bits: int) -> Packed:
+    """Half-quadratic quantization by torchao: the scale of each row is fitted so that few large errors remain.
+
+    Paper: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models".
+
+    Raises:
+        PlanError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerAxis
+        from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
+    except ImportError as error:
+        msg = "the quantizer \"hqq\" is torchao's, which is not installed. Run: pip install 'pocketune[quant]'"
+        raise PlanError(msg) from error
+    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(matrix, requires_grad=False)
+    quantize_(
+        layer,
+        IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"),
+            granularity=PerAxis(0),
+            intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
+        ),
+    )
+    weight: Any = layer.weight  # torchao's tensor
+    return symmetric(weight.qdata, weight.scale, bits)
+
+
+def symmetric(values: Tensor, scales: Tensor, bits: int) -> Packed:
+    """The packed form of signed integers, (rows, columns), with one scale a row."""
+    zero = 2 ** (bits - 1)
+    codes = (values.to(torch.int16) + zero).to(torch.uint8)
+    if bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    zeros = torch.full((values.shape[0], 1), zero, dtype=torch.uint8, device=codes.device)
+    return Packed(codes=codes.contiguous(), scales=scales.float().reshape(-1, 1), zeros=zeros, bits=bits)
+
+
+QUANTIZERS: dict[str, Quantizer] = {"minmax": minmax, "hqq": hqq}
+
+
+def pack_layers(
+    model: nn.Module, quantization: Quantization, read: Callable[[str], Tensor], *, dtype: torch.dtype, device: torch.device
+) -> set[str]:
+    """Put packed layers in the place of a model's Linears and convolutions, one after the other.
+
+    Args:
+        model: changed in place; biases stay.
+        quantization: how to pack.
+        read: gives the float weight of a name; it is dropped when the layer is done.
+        dtype: what others are told that the weights have.
+        device: where codes go.
+
+    Returns:
+        The names of the weights that were packed.
+    """
+    names = set()
+    for path, layer in list(model.named_modules()):
+        if not _packs(layer, quantization.bits):
+            continue
+        packed = quantization.pack(read(f"{path}.weight").to(device))
+        kind = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, kind(layer, packed, dtype=dtype).eval())
+        names.add(f"{path}.weight")
+    return names
+
+
+def _packs(layer: nn.Module, bits: int) -> bool:
+    # By exact type: subclasses may compute something else.
+    if type(layer) is nn.Conv2d:
+        usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return usual and layer.weight[0].numel() * bits % 8 == 0
+    return type(layer) is nn.Linear and layer.in_features * bits % 8 == 0

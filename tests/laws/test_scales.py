@@ -1,0 +1,230 @@
+"""Laws of packed layers and their scales: what autograd finds on the float layer, without ever keeping the float layer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pocketune.weights.layers as layers
+from pocketune import Recipe, personalize
+from pocketune.errors import FileFormatError, PlanError
+from pocketune.inspection import inspect
+from pocketune.methods.scales import add_scales, intervals_of, load_scales, merge, packed_layers
+from pocketune.models.base import Prompt, denoise
+from pocketune.models.load import ModelFolder
+from pocketune.sample import generate
+from pocketune.weights.layers import PackedConv2d, PackedLayer, PackedLinear, Scales
+from pocketune.weights.quantizers import Quantization, symmetric
+from tests.laws.test_step import make_batch
+from tests.tolerances import SCALE_GRADIENT, SCALES_MERGED
+
+CPU = torch.device("cpu")
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(kind: str, bits: int, *, inputs: bool = True, intervals: int = 1) -> tuple[PackedLayer, Tensor]:
+    """A packed layer with scales that are not one, and an input."""
+    layer: PackedLayer
+    if kind == "linear":
+        plain = nn.Linear(48, 70)
+        plain.weight.data, plain.bias.data = numbers(70, 48), numbers(70, seed=1)
+        layer = PackedLinear(plain, Quantization(bits).pack(plain.weight.data), dtype=torch.float32)
+        x = numbers(2, 5, 48, seed=2)
+    else:
+        conv = nn.Conv2d(6, 10, 3, stride=2, padding=1)
+        conv.weight.data, conv.bias.data = numbers(10, 6, 3, 3), numbers(10, seed=1)
+        layer = PackedConv2d(conv, Quantization(bits).pack(conv.weight.data), dtype=torch.float32)
+        x = numbers(2, 6, 9, 9, seed=2)
+    model = nn.ModuleDict({"layer": layer})
+    add_scales(model, ["layer"], intervals=intervals, inputs=inputs)
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.scales.parameters()):
+            parameter.add_(0.3 * numbers(*parameter.shape, seed=10 + number))
+    return layer, x
+
+
+def on_the_float_layer(layer: PackedLayer, x: Tensor, s_out: Tensor, s_in: Tensor | None) -> Tensor:
+    weight = layer.merged(None) * s_out.view(-1, *(1,) * (1 + len(layer.kernel)))
+    if s_in is not None:
+        weight = weight * s_in.view(1, -1, *(1,) * len(layer.kernel))
+    if isinstance(layer, PackedConv2d):
+        return nn.functional.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
+    return nn.functional.linear(x, weight, layer.bias)
+
+
+@pytest.mark.parametrize("tile", [2**21, 100])
+@pytest.mark.parametrize("inputs", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_gradients_are_those_of_the_float_layer(
+    monkeypatch: pytest.MonkeyPatch, kind: str, bits: int, inputs: bool, tile: int
+) -> None:
+    """Output, and the gradients of the input and both scales, whether the weight is unpacked whole or by a few rows."""
+    monkeypatch.setattr(layers, "TILE_VALUES", tile)
+    layer, x = packed(kind, bits, inputs=inputs)
+    scales = layer.scales[0]
+    trained = [scales.s_out, *([scales.s_in] if inputs else [])]
+    found_x, expected_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output = layer(found_x)
+    weights = numbers(*output.shape, seed=5)
+    found = torch.autograd.grad((output * weights).sum(), [found_x, *trained])
+    copies = [parameter.detach().clone().requires_grad_() for parameter in trained]
+    expected_output = on_the_float_layer(layer, expected_x, copies[0], copies[1] if inputs else None)
+    expected = torch.autograd.grad((expected_output * weights).sum(), [expected_x, *copies])
+    for one, other in zip([output, *found], [expected_output, *expected], strict=True):
+        assert (one - other).abs().max() <= SCALE_GRADIENT * other.abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_backward_keeps_the_input_and_the_scales_alone(kind: str, bits: int) -> None:
+    """No float copy of a weight, and no product."""
+    layer, x = packed(kind, bits)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x.requires_grad_())
+    assert sorted(tensor.numel() for tensor in kept) == sorted(
+        [x.numel(), *(parameter.numel() for parameter in layer.scales.parameters())]
+    )
+    frozen = PackedLinear(nn.Linear(8, 8), Quantization(8).pack(numbers(8, 8)), dtype=torch.float32)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        frozen(numbers(3, 8).requires_grad_())
+    assert kept == []
+
+
+def test_weights_are_really_packed() -> None:
+    eight, four = packed("linear", 8)[0], packed("linear", 4)[0]
+    assert eight.codes.dtype == four.codes.dtype == torch.uint8
+    assert (eight.codes.nbytes, four.codes.nbytes) == (70 * 48, 70 * 24)
+    assert eight.weight.untyped_storage().nbytes() == 4
+    assert (eight.merged(None) - numbers(70, 48)).abs().max() < 0.02
+    assert (four.merged(None) - numbers(70, 48)).abs().max() < 0.3
+
+
+def test_intervals_split_the_timesteps_evenly() -> None:
+    assert intervals_of(torch.tensor([0.0, 249.9, 250.0, 500.0, 999.9, 1000.0]), 4) == (0, 0, 1, 2, 3, 3)
+    assert intervals_of(torch.tensor(700), 1) == (0,)
+
+
+def test_a_batch_may_mix_intervals_and_each_trains_its_own() -> None:
+    layer, x = packed("linear", 8, intervals=3)
+    layer.selected.rows = (2, 0)
+    mixed = layer(x)
+    for row, interval in enumerate((2, 0)):
+        layer.selected.rows = (interval,)
+        torch.testing.assert_close(mixed[row : row + 1], layer(x[row : row + 1]))
+    mixed.sum().backward()
+    assert [pair.s_out.grad is not None for pair in layer.scales] == [True, False, True]
+    layer.selected.rows = (2, 0, 1)
+    with pytest.raises(PlanError, match="3 samples"):
+        layer(x)
+
+
+def test_symmetric_codes_come_back() -> None:
+    values, scales = torch.randint(-8, 8, (6, 10)), numbers(6).abs() + 0.1
+    layer = PackedLinear(nn.Linear(10, 6), symmetric(values, scales, 4), dtype=torch.float32)
+    torch.testing.assert_close(layer.merged(None), values * scales[:, None])
+
+
+def test_hqq_has_smaller_errors_where_weights_have_outliers() -> None:
+    pytest.importorskip("torchao")
+    weight = numbers(32, 256)
+    weight[:, ::64] *= 6
+    errors = {}
+    for name in ("minmax", "hqq"):
+        layer = PackedLinear(nn.Linear(256, 32), Quantization(4, name).pack(weight), dtype=torch.float32)
+        errors[name] = float((layer.merged(None) - weight).abs().mean())
+    assert errors["hqq"] < errors["minmax"]
+
+
+def test_merged_equals_applied(tiny_model: ModelFolder) -> None:
+    """An ordinary model with the weights of an interval computes what the packed one does within it."""
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, quantization=Quantization(4))
+    selected = add_scales(adapter.model, packed_layers(adapter.model), intervals=2, inputs=True)
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(adapter.model.named_parameters()):
+            if ".scales." in name:
+                parameter.add_(0.05 * numbers(*parameter.shape, seed=number))
+    batch = make_batch()
+    for interval in (0, 1):
+        selected.rows = (interval,)
+        with torch.no_grad():
+            applied = denoise(adapter, batch.noisy, batch.timesteps, batch.prompt)
+    merge(adapter.model, 1)
+    assert packed_layers(adapter.model) == []
+    with torch.no_grad():
+        merged = denoise(adapter, batch.noisy, batch.timesteps, batch.prompt)
+    torch.testing.assert_close(merged, applied, rtol=0, atol=SCALES_MERGED)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "sd15"])
+def test_scales_personalize_sample_by_timestep_and_are_known(
+    name: str,
+    tiny_folder: Path,
+    tiny_pipelines: Callable[[str], ModelFolder],
+    toy_photos: Path,
+    tmp_path: Path,
+) -> None:
+    model = tiny_folder if name == "tiny-sd3" else tiny_pipelines(name).path
+    changes = {"method": "scales", "weight_bits": 8, "scale_intervals": 2, "scale_learning_rate": 0.05}
+    prompt = "a photo of sks toy"
+    recipe = Recipe.create(instance_prompt=prompt, steps=4, sample_steps=2, sample_prompts=(prompt,), **changes)
+    record = personalize(toy_photos, model=model, recipe=recipe, out=tmp_path / "run")
+    assert record.check.nonzero and record.check.image_change > 0
+
+    path = tmp_path / "run" / "scales" / "pocketune_scales.safetensors"
+    found = inspect(path)
+    assert found.kind == "scales" and found.facts["bits"] == "8" and found.facts["intervals"] == "2"
+    assert inspect(tmp_path / "run").facts["scales"]["layers"] == found.facts["layers"]
+    (image,) = generate(model, [prompt], lora=tmp_path / "run", seeds=[1000], steps=2, guidance=recipe.guidance_scale)
+    stored = load_file(path)
+    with_one_interval = {key: stored[key.replace(".scales.0.", ".scales.1.")].clone() for key in stored}
+    other = tmp_path / "other.safetensors"
+    save_file(with_one_interval, other, metadata={**found.facts["metadata"]})
+    (changed,) = generate(model, [prompt], lora=other, seeds=[1000], steps=2, guidance=recipe.guidance_scale)
+    assert image.tobytes() != changed.tobytes()
+
+    folder = ModelFolder(name, model)
+    denoiser = folder.load_denoiser(dtype=torch.float32, device=CPU).model
+    save_file(load_file(path), other, metadata={**found.facts["metadata"], "codes": "0" * 16})
+    with pytest.raises(FileFormatError, match="other weights"):
+        load_scales(denoiser, other, folder)
+
+
+def test_scales_follow_the_timestep(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    """A call of the model itself picks the interval, as a stock pipeline's loop does."""
+    model = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, quantization=Quantization(8)).model
+    names = packed_layers(model)
+    add_scales(model, names, intervals=2, inputs=True)
+    from pocketune.methods.scales import codes_digest
+
+    tensors = {
+        name: value.detach() + 0.1 * name.count(".scales.1.") for name, value in model.named_parameters() if ".scales." in name
+    }
+    metadata = {"bits": "8", "quantizer": "minmax", "intervals": "2", "codes": codes_digest(model, list(tensors))}
+    save_file(tensors, tmp_path / "scales.safetensors", metadata=metadata)
+    plain = tiny_model.load_denoiser(dtype=torch.float32, device=CPU).model
+    selected = load_scales(plain, tmp_path / "scales.safetensors", tiny_model)
+    prompt = Prompt(hidden=numbers(1, 20, 128), pooled=numbers(1, 128))
+    for timestep, interval in ((torch.tensor([100.0]), 0), (torch.tensor([900.0]), 1)):
+        with torch.no_grad():
+            plain(
+                hidden_states=numbers(1, 4, 8, 8),
+                timestep=timestep,
+                encoder_hidden_states=prompt.hidden,
+                pooled_projections=prompt.pooled,
+            )
+        assert selected.rows == (interval,)
+    assert isinstance(plain.get_submodule(names[0]).scales[1], Scales)
