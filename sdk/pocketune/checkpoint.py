@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
@@ -46,7 +47,7 @@ class CheckpointFolder:
         return int(found[-1].stem.removeprefix("step-")) if found else 0
 
     def save(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, *, step: int, losses: tuple[float, ...]
+        self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW, *, step: int, losses: tuple[float, ...]
     ) -> Path:
         """Write a checkpoint and remove the oldest beyond two."""
         tensors: dict[str, Tensor] = {}
@@ -64,7 +65,7 @@ class CheckpointFolder:
             old.unlink()
         return path
 
-    def restore(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> Progressed:
+    def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> Progressed:
         """Load the newest checkpoint in place; step 0 if there is none.
 
         Raises:

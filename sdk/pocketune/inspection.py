@@ -16,6 +16,7 @@ from pocketune.tensorfile import TensorFile, open_tensor_file
 
 LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
 SCALES_FILE = Path("scales/pocketune_scales.safetensors")
+TOKEN_FILE = Path("token/learned_embeds.safetensors")
 
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _JSON_LIMIT_BYTES = 64_000_000
@@ -26,15 +27,15 @@ class Inspection:
     """What something is.
 
     Attributes:
-        kind: "lora", "scales" (of a quantized denoiser), "tensors" (a .safetensors file of another sort), "run", "model" or
-            "bundle".
+        kind: "lora", "scales" (of a quantized denoiser), "token" (a tuned word), "tensors" (a .safetensors file of another
+            sort), "run", "model" or "bundle".
         path: what was looked at.
         size_bytes: of the file, or of all files in the folder.
         facts: by name; JSON-able; which ones there are depends on the kind.
         notes: what a person should know, worst first: an adapter that changes nothing, damaged values, unmatched halves.
     """
 
-    kind: Literal["lora", "scales", "tensors", "run", "model", "bundle"]
+    kind: Literal["lora", "scales", "token", "tensors", "run", "model", "bundle"]
     path: str
     size_bytes: int
     facts: dict[str, Any]
@@ -87,12 +88,8 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _inspect_model(folder)
     if (folder / "manifest.json").is_file():
         return _inspect_bundle(folder)
-    if (
-        (folder / "run.json").is_file()
-        or (folder / LORA_FILE).is_file()
-        or (folder / SCALES_FILE).is_file()
-        or (folder / "checkpoints").is_dir()
-    ):
+    of_a_run = any((folder / name).is_file() for name in ("run.json", LORA_FILE, SCALES_FILE, TOKEN_FILE))
+    if of_a_run or (folder / "checkpoints").is_dir():
         return _inspect_run(folder)
     tensors = [entry for entry in sorted(folder.glob("*.safetensors")) if not entry.name.startswith(".")]
     if len(tensors) == 1:
@@ -115,6 +112,9 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
     if file.metadata.get("pocketune_method") == "scales":
         scales, notes = describe_scales(file)
         return Inspection(kind="scales", path=str(file.path), size_bytes=file.size_bytes, facts=facts | scales, notes=notes)
+    if file.metadata.get("pocketune_method") == "token":
+        facts |= {"token": file.metadata.get("token", "unknown"), "text_encoders": sorted(file.tensors)}
+        return Inspection(kind="token", path=str(file.path), size_bytes=file.size_bytes, facts=facts)
     if not pairs:
         facts["blocks"] = find_blocks(file.tensors)
         return Inspection(kind="tensors", path=str(file.path), size_bytes=file.size_bytes, facts=facts)
@@ -146,9 +146,9 @@ def _inspect_run(folder: Path) -> Inspection:
     if (folder / LORA_FILE).is_file():
         lora = _inspect_tensors(open_tensor_file(folder / LORA_FILE))
         facts["lora"], notes = lora.facts, (*lora.notes, *notes)
-    elif (folder / SCALES_FILE).is_file():
-        scales = _inspect_tensors(open_tensor_file(folder / SCALES_FILE))
-        facts["scales"], notes = scales.facts, (*scales.notes, *notes)
+    elif results := [folder / name for name in (SCALES_FILE, TOKEN_FILE) if (folder / name).is_file()]:
+        result = _inspect_tensors(open_tensor_file(results[0]))
+        facts[result.kind], notes = result.facts, (*result.notes, *notes)
     elif record:
         notes = (f"run.json is there but {LORA_FILE} is not: the result of this run was removed.", *notes)
     return Inspection(kind="run", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)

@@ -195,8 +195,15 @@ class Phases:
 
     def draw(self, images: Mapping[Kind, Sequence[Image.Image]]) -> list[tuple[Draw, ...]]:
         """The draws of every step."""
+        positions = 1.0 - self.recipe.timestep_high / 1000, 1.0 - self.recipe.timestep_low / 1000
         photos, class_images = (
-            draw_samples(self.recipe, [image.size for image in images[kind]], kind=kind, choose_crop=self.patches)
+            draw_samples(
+                self.recipe,
+                [image.size for image in images[kind]],
+                kind=kind,
+                choose_crop=self.patches,
+                positions=positions,
+            )
             if images[kind]
             else ()
             for kind in ("instance", "class")

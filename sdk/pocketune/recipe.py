@@ -63,6 +63,8 @@ class Recipe(BaseModel):
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
     mode_scale: float = 1.29
+    timestep_low: int = Field(default=0, ge=0, lt=1000, description="Least noisy training timestep, of 1000.")
+    timestep_high: int = Field(default=1000, gt=0, le=1000, description="Noisiest training timestep.")
     precondition_outputs: bool = Field(default=True, description="Compare clean latents (EDM preconditioning), not velocities.")
 
     gradient: Literal["backprop", "zeroth_order", "mixed"] = Field(
@@ -79,17 +81,26 @@ class Recipe(BaseModel):
     mix_end: float = Field(default=0.4, description="Noise at which both kinds of step are equally likely in the end.")
     mix_width: float = Field(default=0.1, gt=0, description="How gradually zeroth order takes over with rising noise.")
     mix_largest: float = Field(default=1.0, ge=0, le=1, description="Largest probability of a zeroth-order step.")
-    zo_learning_rate: float = Field(default=1e-4, gt=0, description="Of zeroth-order steps, which are plain descent.")
+    zo_learning_rate: float = Field(default=1e-4, gt=0, description="Of zeroth-order steps.")
     zo_epsilon: float = Field(default=1e-2, gt=0, description="How far a zeroth-order step looks along its directions.")
     zo_queries: int = Field(default=1, ge=1, description="Random directions a zeroth-order step.")
+    zo_optimizer: Literal["descent", "adam"] = Field(
+        default="descent", description="What takes zeroth-order steps; adam only where all steps are."
+    )
     zo_two_sided: bool = Field(default=True, description="Look both ways along a direction, or one way and from the centre.")
 
-    method: Literal["lora", "scales"] = Field(default="lora", description="What is tuned: LoRA, or scales of packed weights.")
+    method: Literal["lora", "scales", "token"] = Field(
+        default="lora", description="What is tuned: LoRA, scales of packed weights, or the embedding of a word."
+    )
     quantizer: Literal["minmax", "hqq"] = Field(default="minmax", description='How codes are chosen; "hqq" needs torchao.')
     scale_intervals: int = Field(default=2, ge=1, le=1000, description="Intervals of timesteps with scales of their own.")
     scale_inputs: bool = Field(default=True, description="Tune the scales of input channels too; false: PEQA.")
     scale_learning_rate: float = Field(default=3e-3, gt=0, description="Of output scales, relative to the quantizer's.")
     scale_in_learning_rate: float = Field(default=1e-3, gt=0, description="Of input scales.")
+    token: str = Field(default="sks", min_length=1, description="The word of the prompt whose embedding is tuned.")
+    token_start: str | None = Field(default=None, description="A word whose embedding it begins as; default: its own.")
+    subspace_steps: int = Field(default=0, ge=0, description="Steps after which unused directions are found; 0: never.")
+    subspace_noise: float = Field(default=1e-3, ge=0, lt=1, description="Share of the variance that counts as unused.")
 
     rank: int = Field(default=4, ge=1, description="LoRA rank; alpha equals it.")
     lora_targets: tuple[str, ...] | None = Field(default=None, description="Linear names inside a block; default: attention.")
@@ -167,6 +178,8 @@ class Recipe(BaseModel):
             ("mix_", "gradient", ("mixed",)),
             ("low_resolution", "gradient", ("mixed",)),
             ("scale_", "method", ("scales",)),
+            ("token", "method", ("token",)),
+            ("subspace_", "method", ("token",)),
             ("quantizer", "weight_bits", (4, 8)),
         )
         for prefix, setting, wanted in inert:
@@ -178,6 +191,12 @@ class Recipe(BaseModel):
                     raise ValueError(msg)
         if self.method == "scales" and self.weight_bits is None:
             msg = 'method = "scales" tunes scales of packed weights. Set weight_bits to 8 or 4.'
+            raise ValueError(msg)
+        if self.zo_optimizer == "adam" and self.gradient == "mixed":
+            msg = 'zo_optimizer = "adam" has no moments of its own beside backpropagation\'s. Leave it out, or set gradient.'
+            raise ValueError(msg)
+        if not self.timestep_low < self.timestep_high:
+            msg = f"timestep_low {self.timestep_low} and timestep_high {self.timestep_high} leave nothing between. Swap them."
             raise ValueError(msg)
         if self.weights == "streamed" and (self.method == "scales" or self.quantizer != "minmax"):
             msg = 'scales and quantizer are for packed weights in memory. Set weights = "resident", or leave them out.'

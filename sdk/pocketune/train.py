@@ -24,6 +24,9 @@ from pocketune.sampling.draws import Draw
 from pocketune.scratch import Scratch
 from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, predict
 
+ZO_ADAM_EPSILON = 1e-3
+"""Added to the root of Adam's second moment in zeroth-order steps, as in ZOODiP's code: it damps what is all noise."""
+
 
 def train(
     adapter: DenoiserAdapter,
@@ -63,8 +66,9 @@ def train(
     """
     stop = recipe.steps if stop is None else stop
     parameters = tuned.parameters
+    kept = {**parameters, **tuned.state}
     optimizer = new_optimizer(parameters, recipe)
-    progressed = checkpoints.restore(parameters, optimizer)
+    progressed = checkpoints.restore(kept, optimizer)
     if recipe.activations != "kept":
         forget_activations(adapter, recipe, optimizer, scratch)
     losses = list(progressed.losses)
@@ -72,7 +76,7 @@ def train(
         for step in range(progressed.step, stop):
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
-                loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, step=step)
+                loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, optimizer, step=step)
             else:
                 with saved_to(scratch):
                     loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs)
@@ -82,9 +86,9 @@ def train(
             losses.append(loss)
             on_step(step + 1, recipe.steps, loss)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stop:
-                checkpoints.save(parameters, optimizer, step=step + 1, losses=tuple(losses))
+                checkpoints.save(kept, optimizer, step=step + 1, losses=tuple(losses))
     except KeyboardInterrupt as error:
-        checkpoints.save(parameters, optimizer, step=len(losses), losses=tuple(losses))
+        checkpoints.save(kept, optimizer, step=len(losses), losses=tuple(losses))
         msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Add --resume to go on."
         raise Interrupted(msg) from error
     return tuple(losses)
@@ -92,6 +96,8 @@ def train(
 
 def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
     """AdamW as in diffusers' script; scales of packed weights have their own learning rates, and do not decay to zero."""
+    if recipe.zo_optimizer == "adam":
+        return torch.optim.AdamW(parameters.values(), lr=recipe.zo_learning_rate, eps=ZO_ADAM_EPSILON, weight_decay=0.0)
     rates = {"s_out": recipe.scale_learning_rate, "s_in": recipe.scale_in_learning_rate}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -142,12 +148,13 @@ def zeroth_order_step(
     plan: BlockPlan,
     recipe: Recipe,
     batch: Batch,
+    optimizer: torch.optim.AdamW,
     *,
     step: int,
 ) -> float:
-    """One step of forward passes alone: losses along random directions, then plain descent; the loss before the update.
+    """One step of forward passes alone: losses along random directions, then descent or Adam; the loss before the update.
 
-    Paper: MeZO (Malladi et al. 2023), algorithm 1.
+    Paper: MeZO (Malladi et al. 2023), algorithm 1; with Adam ZOODiP (arXiv 2503.14868).
     """
     estimator = ZerothOrder(
         tuned.owner,
@@ -157,7 +164,20 @@ def zeroth_order_step(
         two_sided=recipe.zo_two_sided,
     )
     estimate = estimator(lambda: loss_of(adapter, plan, recipe, tuned.inputs(batch)), tuned.parameters, step=step)
-    descend(tuned.parameters, estimate, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+
+    def gradient(name: str) -> Tensor | None:
+        found = estimate.gradient(name)
+        return None if found is None else tuned.project(name, found)
+
+    if recipe.zo_optimizer == "adam":
+        for name, parameter in tuned.parameters.items():
+            parameter.grad = gradient(name)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        projected = Estimate(estimate.loss, gradient)
+        descend(tuned.parameters, projected, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+    tuned.after_step(step)
     return estimate.loss
 
 

@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from pocketune.delta import LORA_FILE, check_lora_loads, load_lora, save_lora, trained_norms
 from pocketune.errors import FileFormatError
-from pocketune.methods.base import Tuned, TuningMethod
+from pocketune.methods.base import METHOD_KEY, Tuned, TuningMethod
 from pocketune.methods.lora import add_lora
-from pocketune.methods.scales import METHOD_KEY, ScalesMethod
+from pocketune.methods.scales import ScalesMethod
+from pocketune.methods.token import TokenMethod
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
@@ -64,7 +65,7 @@ class LoraMethod:
             raise FileFormatError(msg) from error
 
 
-METHODS: dict[str, TuningMethod] = {"lora": LoraMethod(), "scales": ScalesMethod()}
+METHODS: dict[str, TuningMethod] = {"lora": LoraMethod(), "scales": ScalesMethod(), "token": TokenMethod()}
 
 
 def find_result(path: str | Path) -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
@@ -21,6 +21,19 @@ def unchanged(batch: Batch) -> Batch:
     return batch
 
 
+def whole(name: str, gradient: Tensor) -> Tensor:  # noqa: ARG001
+    """The gradients of methods that use all of them."""
+    return gradient
+
+
+def nothing(step: int) -> None:
+    """What most methods do after a step."""
+
+
+METHOD_KEY = "pocketune_method"
+"""Metadata of result files: the name of the method that made them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What a training changes.
@@ -29,11 +42,17 @@ class Tuned:
         parameters: by name.
         owner: the module whose parts hold and use them.
         inputs: called with the batch whenever a loss is computed; gives what the denoiser sees.
+        state: further tensors that a resumed run needs, by name, written in place.
+        project: called with a parameter's name and its zeroth-order gradient; gives the part that is used.
+        after_step: called with the number of each zeroth-order step when it is done.
     """
 
     parameters: dict[str, nn.Parameter]
     owner: nn.Module
     inputs: Callable[[Batch], Batch] = unchanged
+    state: dict[str, Tensor] = field(default_factory=dict)
+    project: Callable[[str, Tensor], Tensor] = whole
+    after_step: Callable[[int], None] = nothing
 
 
 class TuningMethod(Protocol):

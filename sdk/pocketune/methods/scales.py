@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pocketune.atomic import replacing
 from pocketune.errors import FileFormatError, RecipeError
 from pocketune.headers import with_sorted_metadata
-from pocketune.methods.base import Tuned
+from pocketune.methods.base import METHOD_KEY, Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
@@ -32,8 +32,6 @@ from pocketune.weights.layers import PackedConv2d, PackedLayer, Scales, Selected
 from pocketune.weights.quantizers import QUANTIZERS, Quantization, pack_layers
 from pocketune.weights.store import WeightStore
 
-METHOD_KEY = "pocketune_method"
-"""Metadata of result files: the name of the method that made them."""
 TIMESTEPS = 1000
 
 

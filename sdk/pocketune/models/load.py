@@ -236,6 +236,18 @@ class ModelFolder:
         self, prompts: Sequence[str], *, device: torch.device, weights: Residence = RESIDENT
     ) -> dict[str, Prompt]:
         """Encode prompts with diffusers' own code, float32 on the CPU, each with a batch of 1."""
+        pipeline = self.text_pipeline(device=device, weights=weights)
+        encoded: dict[str, Prompt] = {}
+        for prompt in dict.fromkeys(prompts):
+            with quiet_libraries():
+                found = self.family.encode(pipeline, prompt, device=device, length=self.text_padding)
+            encoded[prompt] = Prompt(
+                **{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None},
+            )
+        return encoded
+
+    def text_pipeline(self, *, device: torch.device, weights: Residence = RESIDENT) -> Any:
+        """The stock pipeline with tokenizers and float32 text encoders alone, for `family.encode`."""
         parts: dict[str, Any] = {"vae": None, self.family.component: None}
         # diffusers asks the denoiser for its text width or type, and for nothing else.
         parts[self.family.component] = self.empty_denoiser().model
@@ -248,14 +260,7 @@ class ModelFolder:
             encoder = getattr(pipeline, part)
             if encoder is not None:
                 encoder.to(device)
-        encoded: dict[str, Prompt] = {}
-        for prompt in dict.fromkeys(prompts):
-            with quiet_libraries():
-                found = self.family.encode(pipeline, prompt, device=device, length=self.text_padding)
-            encoded[prompt] = Prompt(
-                **{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None},
-            )
-        return encoded
+        return pipeline
 
     def _store(self, part: str, names: Collection[str], weights: Residence) -> WeightStore:
         store = WeightStore(weight_files(self.path / part, name=self.name))

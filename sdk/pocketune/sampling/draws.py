@@ -116,6 +116,7 @@ def draw_samples(
     kind: Kind,
     timesteps: int = 1000,
     choose_crop: ChooseCrop = whole_square,
+    positions: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Draw, ...]:
     """All draws of a run, one for every sample of every step unless the recipe bounds the pool; pools follow one another.
 
@@ -127,9 +128,10 @@ def draw_samples(
         kind: which images these are.
         timesteps: how many the scheduler trains on.
         choose_crop: `patches.Patches`, where patches are wanted.
+        positions: the part of the timesteps that is drawn from, 0 the noisiest; the density is squeezed into it.
     """
     count = sum(_pool_size(recipe, steps) for steps in refresh_periods(recipe))
-    return tuple(_draw(recipe, index, sizes, kind, timesteps, choose_crop) for index in range(count))
+    return tuple(_draw(recipe, index, sizes, kind, timesteps, choose_crop, positions) for index in range(count))
 
 
 def refresh_periods(recipe: Asked) -> tuple[range, ...]:
@@ -200,7 +202,13 @@ def _pool_size(recipe: Asked, steps: range) -> int:
 
 
 def _draw(
-    recipe: Asked, index: int, sizes: Sequence[tuple[int, int]], kind: Kind, timesteps: int, choose_crop: ChooseCrop
+    recipe: Asked,
+    index: int,
+    sizes: Sequence[tuple[int, int]],
+    kind: Kind,
+    timesteps: int,
+    choose_crop: ChooseCrop,
+    positions: tuple[float, float],
 ) -> Draw:
     stream = Stream.PHOTOS if kind == "instance" else Stream.CLASS_IMAGES
     round_number, place = divmod(index, len(sizes))
@@ -212,7 +220,8 @@ def _draw(
         uniform=float(uniforms(raw)[1]),
         normal=float(normals(recipe.seed, stream, (1,), purpose=_TIMESTEP, index=index)[0]),
     )
-    timestep_index = min(max(int(density * timesteps), 0), timesteps - 1)
+    position = positions[0] + density * (positions[1] - positions[0])
+    timestep_index = min(max(int(position * timesteps), 0), timesteps - 1)
     return Draw(
         index=index,
         kind=kind,
