@@ -261,6 +261,9 @@ def check_exportable(recipe: Recipe) -> None:
         RecipeError: with the reason.
     """
     reasons = {
+        "method": (recipe.method != "lora", "its graphs train LoRA"),
+        "timestep_low": (recipe.timestep_low != 0, "devices draw from all timesteps"),
+        "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
         "gradient": (recipe.gradient != "backprop", "its graphs backpropagate"),
         "patches": (recipe.patches != "none", "devices cut whole squares"),
         "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),

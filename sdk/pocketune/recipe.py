@@ -180,6 +180,7 @@ class Recipe(BaseModel):
             ("scale_", "method", ("scales",)),
             ("token", "method", ("token",)),
             ("subspace_", "method", ("token",)),
+            ("subspace_", "gradient", ("zeroth_order", "mixed")),
             ("quantizer", "weight_bits", (4, 8)),
         )
         for prefix, setting, wanted in inert:

@@ -24,8 +24,9 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.masking import text_masked
 from pocketune.plan.select import Measured, Selection
 from pocketune.progress import OnProgress, Progress, ignore
-from pocketune.sample import apply_lora, default_device, find_lora, run_pipeline
+from pocketune.sample import default_device, run_pipeline
 from pocketune.selection_report import write_selection_report
+from pocketune.tuning import find_result, method_of
 
 Embed = Callable[[Sequence[Image.Image]], Tensor]
 """Gives unit vectors, (images, width)."""
@@ -101,7 +102,7 @@ def select_blocks(
     search = _Search(folder, selection, partial, embed, torch.device(device or default_device()), on_progress)
     try:
         for number, one in enumerate(personalized):
-            search.measure(number, find_lora(one.lora))
+            search.measure(number, find_result(one.lora))
     except KeyboardInterrupt as error:
         msg = "stopped; what is measured is kept. Give the same command to go on."
         raise Interrupted(msg) from error
@@ -128,7 +129,7 @@ class _Search:
         if len(measured.first) == len(measured.last) == blocks:
             return
         pipeline = self.folder.pipeline(dtype=torch.float32 if self.device.type == "cpu" else torch.float16, device=self.device)
-        apply_lora(pipeline, lora, self.folder)
+        method_of(lora).apply(pipeline, lora, self.folder)
         adapter: DenoiserAdapter = self.folder.family.adapter(getattr(pipeline, self.folder.family.component))
         whole = self._embedded(pipeline, adapter, measured, ())
         for count in range(len(measured.first), blocks):
@@ -168,5 +169,5 @@ def mean_distance(first: Tensor, second: Tensor) -> float:
 
 
 def _sha256(path: Path) -> str:
-    with find_lora(path).open("rb") as file:
+    with find_result(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

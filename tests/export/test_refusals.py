@@ -14,9 +14,12 @@ from pocketune_export.exporter import check_exportable
         ({"skip": "auto", "cache_dtype": "int8"}, "float32 or bfloat16"),
         ({"gradient": "zeroth_order"}, "its graphs backpropagate"),
         ({"gradient": "mixed"}, "its graphs backpropagate"),
+        ({"method": "token"}, "train LoRA"),
+        ({"method": "scales", "weight_bits": 8}, "train LoRA"),
+        ({"timestep_low": 500}, "all timesteps"),
     ],
 )
-def test_what_devices_cannot_do_is_refused(changes: dict[str, str], reason: str) -> None:
+def test_what_devices_cannot_do_is_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(RecipeError, match=reason):
         check_exportable(Recipe.create(instance_prompt="x", **changes))
 
