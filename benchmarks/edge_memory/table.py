@@ -36,10 +36,9 @@ def _section(name: str, rows: Sequence[Row]) -> str:
         ]
     for row in rows:
         if row["mode"] == "export":
-            ratio = row["peak_rss_bytes"] / row["weight_bytes"]
             lines += [
-                f"Exporting it as {row['weights'].replace(',', ', ')} took at most {_mb(row['peak_rss_bytes'])} MB, "
-                f"{ratio:.2f} times the denoiser's {_mb(row['weight_bytes'])} MB of weights.",
+                f"Exporting it as {row['weights'].replace(',', ', ')} at once took at most {_mb(row['peak_rss_bytes'])} MB; "
+                f"the denoiser's weights are {_mb(row['weight_bytes'])} MB.",
                 "",
             ]
     return "\n".join(lines)

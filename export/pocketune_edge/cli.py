@@ -87,9 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--streaming", action="store_true", help="run block by block: one block in memory, about twice the time"
-    )
+    parser.add_argument("--streaming", action="store_true", help="run block by block: one block in memory, more time")
     parser.add_argument("--threads", type=int, help="of ONNX Runtime; default: its own choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors (and what --json asks for)")

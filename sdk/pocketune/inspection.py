@@ -17,6 +17,7 @@ from pocketune.tensorfile import TensorFile, open_tensor_file
 LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
 SCALES_FILE = Path("scales/pocketune_scales.safetensors")
 TOKEN_FILE = Path("token/learned_embeds.safetensors")
+_RECORDS = ("run.json", "edge.json")  # of a run on this side, or on a device
 
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _JSON_LIMIT_BYTES = 64_000_000
@@ -123,7 +124,8 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
 
 
 def _inspect_run(folder: Path) -> Inspection:
-    record = _read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    found = next((name for name in _RECORDS if (folder / name).is_file()), None)
+    record = _read_json(folder / found) if found is not None else {}
     checkpoints = [name for name in _names(folder / "checkpoints") if name.endswith(".safetensors")]
     notes: tuple[str, ...] = ()
     steps = None
@@ -150,7 +152,7 @@ def _inspect_run(folder: Path) -> Inspection:
         result = _inspect_tensors(open_tensor_file(results[0]))
         facts[result.kind], notes = result.facts, (*result.notes, *notes)
     elif record:
-        notes = (f"run.json is there but {LORA_FILE} is not: the result of this run was removed.", *notes)
+        notes = (f"{found} is there but {LORA_FILE} is not: the result of this run was removed.", *notes)
     return Inspection(kind="run", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)
 
 

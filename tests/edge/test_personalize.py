@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from pocketune import Progress
 from pocketune import personalize as personalize_with_torch
 from pocketune.errors import Interrupted, PhotoError, PlanError, PocketuneError, RunError
+from pocketune.inspection import inspect
 from pocketune_edge.bundle import open_bundle
 from pocketune_edge.delta import load_lora
 from pocketune_edge.denoiser import Denoiser
@@ -62,6 +63,11 @@ def test_trains_as_pytorch_does(torch_run: tuple[Path, Any], edge_run: tuple[Pat
     assert largest_difference(edge_out, torch_out) < EDGE_PARAMETER
     moved = load_file(edge_out / LORA)
     assert max(float(np.abs(value).max()) for name, value in moved.items() if "lora_B" in name) > 100 * EDGE_PARAMETER
+
+
+def test_pocketune_inspects_the_run_of_a_device(edge_run: tuple[Path, Any]) -> None:
+    facts = inspect(edge_run[0]).facts
+    assert facts["finished"] and facts["checkpoint_step"] == 6 and facts["model"]["name"] == "tiny-sd3"
 
 
 def test_streaming_trains_as_one_graph_does(
