@@ -12,7 +12,7 @@ from benchmarks.intervals import mean_estimate, ratio_estimate
 from benchmarks.quality.__main__ import main, settings_text
 from benchmarks.quality.embedders import Clip, PocketEmbedder, PocketPromptJudge, open_embedder
 from benchmarks.quality.measure import measure, subject_similarity
-from benchmarks.quality.methods import METHODS, PocketunePainter
+from benchmarks.quality.methods import METHODS, POCKET_RECIPE, PocketunePainter
 from benchmarks.quality.subjects import AskedPrompt, asked_scene, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table, subject_means
 from benchmarks.rows import append_row, read_rows
@@ -22,6 +22,7 @@ from pocketune.pocket.draw import render
 from pocketune.pocket.judges import RESERVED_TOYS
 from pocketune.pocket.scenes import toy_identity
 from pocketune.pocket.text import new_tokenizer
+from pocketune.recipe import Recipe
 
 torch.set_num_threads(1)
 IDENTITY = {"model": "m", "weights": "w", "settings": "s"}
@@ -390,3 +391,8 @@ def test_dino_embeds_with_any_vision_transformer_folder(tmp_path):
 def test_a_missing_judge_is_said(tmp_path):
     with pytest.raises(ModelError, match="cannot load the judge"):
         open_embedder("dino", str(tmp_path / "none"))
+
+
+def test_every_method_is_a_valid_recipe() -> None:
+    for method in METHODS.values():
+        Recipe.create(instance_prompt="a photo of sks toy", **POCKET_RECIPE, **method.changes)
