@@ -43,7 +43,8 @@ aarch64: install
 
 optimum:
 	$(PYTHON) -m venv build/optimum
-	build/optimum/bin/python -m pip install --prefer-binary $(TORCH) onnx onnxruntime "optimum>=2.1,<2.2" \
+	PIP_EXTRA_INDEX_URL="$$PIP_EXTRA_INDEX_URL https://download.pytorch.org/whl/cpu" \
+		build/optimum/bin/python -m pip install --prefer-binary $(TORCH) onnx onnxruntime "optimum>=2.1,<2.2" \
 		"optimum-onnx==0.1.0" "transformers<4.58" "diffusers>=0.35,<0.37" "huggingface-hub<1"
 
 table: install
