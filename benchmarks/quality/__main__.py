@@ -2,7 +2,8 @@
 
 Trains every method on every subject, samples every prompt, and judges subject and prompt; a raw row an image, written at once,
 so that a run that was stopped goes on where it was. `--table` then makes the Markdown table from the rows. With `--data` it
-runs on the DreamBooth data set and judges with DINO and CLIP.
+runs on the DreamBooth data set and judges with DINO and CLIP. `--costs` measures memory and time of the methods instead, each
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.costs import measure_costs
 from benchmarks.quality.embedders import open_embedder, open_prompt_judge
 from benchmarks.quality.measure import measure
-from benchmarks.quality.methods import DEFAULT_METHODS, METHODS, POCKET_RECIPE, PocketunePainter
+from benchmarks.quality.methods import (
+    DEFAULT_METHODS,
+    GROUPS,
+    METHODS,
+    POCKET_RECIPE,
+    PocketunePainter,
+    save_photos,
+    subject_recipe,
+)
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table
 from benchmarks.rows import Row, read_rows
@@ -33,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if not options.table_only:
-            _measure(options)
+            (_measure_costs if options.costs else _measure)(options)
         if options.table or options.table_only:
-            write_text(options.table_file, quality_table(read_rows(options.out)))
+            write_text(options.table_file, quality_table(read_rows(options.out), read_rows(options.costs_out)))
             print(f"wrote {options.table_file}")
     except PocketuneError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,6 +73,22 @@ def _measure(options: argparse.Namespace) -> None:
         identity=identity,
         out=options.out,
         on_row=_print_row,
+    )
+
+
+def _measure_costs(options: argparse.Namespace) -> None:
+    from pocketune.models.load import open_model
+
+    recipe, folder, subject = _recipe(options), open_model(options.model), _subjects(options)[0]
+    measure_costs(
+        [METHODS[name] for name in options.methods],
+        save_photos(subject, options.work / "photos" / subject.name),
+        model=options.model,
+        recipe=subject_recipe(subject, recipe),
+        repeats=options.repeats,
+        identity={"model": folder.name, "weights": weights_digest(folder.path), "settings": settings_text(recipe)},
+        out=options.costs_out,
+        on_row=_print_cost,
     )
 
 
@@ -106,11 +132,18 @@ def _print_row(row: Row) -> None:
     print(f"{row['method']:20} {row['subject']:8} seed {row['seed']}  {scores}  {row['prompt']}", flush=True)
 
 
+def _print_cost(row: Row) -> None:
+    memory, seconds = row["training_rss_bytes"] / 1e6, row["training_s"]
+    print(
+        f"{row['method']:20} repeat {row['repeat']}  {memory:6.0f} MB  {seconds:7.1f} s  skipped {row['skipped']}", flush=True
+    )
+
+
 def _method_names(text: str) -> list[str]:
-    names = text.split(",")
+    names = list(dict.fromkeys(name for part in text.split(",") for name in GROUPS.get(part, (part,))))
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        msg = f"unknown method {unknown[0]}; choose from {', '.join(METHODS)}"
+        msg = f"unknown method {unknown[0]}; choose from {', '.join((*GROUPS, *METHODS))}"
         raise argparse.ArgumentTypeError(msg)
     return names
 
@@ -121,11 +154,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="pocket-sd3", help="built-in name, diffusers folder or hub id (%(default)s)")
     parser.add_argument(
-        "--methods", type=_method_names, default=list(DEFAULT_METHODS), help=f"of {', '.join(METHODS)}; default: all"
+        "--methods",
+        type=_method_names,
+        default=list(DEFAULT_METHODS),
+        help=f"of {', '.join(METHODS)}, or a paper's: {', '.join(GROUPS)}; default: {', '.join(DEFAULT_METHODS)}",
     )
     parser.add_argument("--subjects", type=int, help="only the first N subjects")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0], help="as 0,1,2")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"), help="raw rows (%(default)s)")
+    parser.add_argument("--costs", action="store_true", help="measure memory and time of one training a method instead")
+    parser.add_argument("--repeats", type=int, default=3, help="trainings a method, with --costs (%(default)s)")
+    parser.add_argument(
+        "--costs-out", type=Path, default=Path("benchmarks/results/quality-costs.jsonl"), help="raw rows (%(default)s)"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="training runs (%(default)s)")
     parser.add_argument("--recipe", type=Path, help="TOML base recipe in place of PocketBooth's own")
     parser.add_argument("--steps", type=int, help="training steps")

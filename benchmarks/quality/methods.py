@@ -27,6 +27,10 @@ class Method:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+def _lora(name: str, label: str, **changes: Any) -> Method:
+    return Method(name=name, label=label, source="lora", changes=changes)
+
+
 def _scales(name: str, label: str, bits: int, **changes: Any) -> Method:
     return Method(name=name, label=label, source="lora", changes={"method": "scales", "weight_bits": bits} | changes)
 
@@ -80,16 +84,23 @@ METHODS = {
     method.name: method
     for method in (
         Method(name="none", label="no training", source="model"),
-        Method(name="lora", label="full LoRA", source="lora"),
-        Method(name="skip50", label="half the blocks skipped, cached residuals", source="lora", changes={"skip": "auto"}),
-        Method(
-            name="skip50-no-residuals",
-            label="half the blocks skipped, no residuals",
-            source="lora",
-            changes={"skip": "auto", "use_residuals": False},
-        ),
-        Method(name="hollow30", label="Hollowed Net, 30 % of the blocks", source="lora", changes={"skip": "hollow:0.3"}),
-        Method(name="hollow50", label="Hollowed Net, 50 % of the blocks", source="lora", changes={"skip": "hollow:0.5"}),
+        _lora("lora", "full LoRA"),
+        _lora("patches", "dynamic patches", patches="dynamic"),
+        _lora("patches-resize", "whole photos at the size of the patches", patches="resize"),
+        _lora("patches-high-to-low", "patches smaller at more noise", patches="high-to-low"),
+        _lora("patches-random", "patches of random size", patches="random"),
+        _lora("skip30", "30 % of the blocks skipped, cached residuals", skip="auto:0.3"),
+        _lora("skip40", "40 % of the blocks skipped, cached residuals", skip="auto:0.4"),
+        _lora("skip50", "half the blocks skipped, cached residuals", skip="auto"),
+        _lora("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3", patches="dynamic"),
+        _lora("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4", patches="dynamic"),
+        _lora("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto", patches="dynamic"),
+        _lora("skip50-no-residuals", "half the blocks skipped, no residuals", skip="auto", use_residuals=False),
+        _lora("first50", "the first half of the blocks skipped", skip="first:0.5"),
+        _lora("last50", "the last half of the blocks skipped", skip="last:0.5"),
+        _lora("hollow30", "Hollowed Net, 30 % of the blocks", skip="hollow:0.3"),
+        _lora("hollow50", "Hollowed Net, 50 % of the blocks", skip="hollow:0.5"),
+        _lora("hollow50-patches", "Hollowed Net, 50 % of the blocks, dynamic patches", skip="hollow:0.5", patches="dynamic"),
         *BY_SCHEDULE,
         *PACKED,
         ZOODIP,
@@ -97,6 +108,15 @@ METHODS = {
     )
 }
 DEFAULT_METHODS = ("none", "lora", "skip50", "skip50-no-residuals", "renders")
+GROUPS = {
+    "block-skip": (
+        *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
+        *("skip50-no-residuals", "first50", "last50", "hollow30", "hollow50", "renders"),
+    ),
+    "patches": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
+    "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),
+}
+"""The rows of the papers: DiT-BlockSkip's tables and ablations for transformers, Hollowed Net's for U-Nets."""
 
 
 class Painter(Protocol):
@@ -149,15 +169,26 @@ class PocketunePainter:
         weights = run / tuning.METHODS[method.changes.get("method", "lora")].result
         if (run / "run.json").exists() and weights.exists():
             return weights
-        values = {"instance_prompt": subject.instance_prompt, "sample_prompts": (subject.instance_prompt,)}
-        recipe = Recipe.create(**values, **self._recipe, **method.changes)
-        pocketune.personalize(self._photos(subject), model=self._model, recipe=recipe, out=run, resume=run.exists())
+        recipe = Recipe.create(**subject_recipe(subject, self._recipe), **method.changes)
+        pocketune.personalize(
+            save_photos(subject, self._work / "photos" / subject.name),
+            model=self._model,
+            recipe=recipe,
+            out=run,
+            resume=run.exists(),
+        )
         return weights
 
-    def _photos(self, subject: BoothSubject) -> list[Path]:
-        folder = self._work / "photos" / subject.name
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{index}.png" for index in range(len(subject.photos))]
-        for path, photo in zip(paths, subject.photos, strict=True):
-            photo.save(path)
-        return paths
+
+def subject_recipe(subject: BoothSubject, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A base recipe for one subject."""
+    return {"instance_prompt": subject.instance_prompt, "sample_prompts": (subject.instance_prompt,), **recipe}
+
+
+def save_photos(subject: BoothSubject, folder: Path) -> list[Path]:
+    """The subject's photos as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index}.png" for index in range(len(subject.photos))]
+    for path, photo in zip(paths, subject.photos, strict=True):
+        photo.save(path)
+    return paths

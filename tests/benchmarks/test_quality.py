@@ -1,6 +1,9 @@
 """PocketBooth without training: subjects, scores, rows that survive a stop, and tables made from rows alone."""
 
 import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,15 +12,17 @@ from PIL import Image
 
 import pocketune
 from benchmarks.intervals import mean_estimate, ratio_estimate
-from benchmarks.quality.__main__ import main, settings_text
+from benchmarks.quality.__main__ import _method_names, main, settings_text
+from benchmarks.quality.costs import measure_costs
 from benchmarks.quality.embedders import Clip, PocketEmbedder, PocketPromptJudge, open_embedder
 from benchmarks.quality.measure import measure, subject_similarity
-from benchmarks.quality.methods import METHODS, POCKET_RECIPE, PocketunePainter
+from benchmarks.quality.methods import GROUPS, METHODS, POCKET_RECIPE, PocketunePainter, subject_recipe
 from benchmarks.quality.subjects import AskedPrompt, asked_scene, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table, subject_means
 from benchmarks.rows import append_row, read_rows
 from pocketune.embedders import DinoEmbedder
-from pocketune.errors import FileFormatError, ModelError, RecipeError
+from pocketune.errors import FileFormatError, ModelError, RecipeError, RunError
+from pocketune.memory import MemoryReading
 from pocketune.pocket.draw import render
 from pocketune.pocket.judges import RESERVED_TOYS
 from pocketune.pocket.scenes import toy_identity
@@ -182,6 +187,85 @@ def test_table_is_made_from_rows_alone():
     assert table == quality_table([*_rows("skip50", 0.48), *_rows("lora", 0.5), *_rows("none", 0.1)])
 
 
+def _costs(name, megabytes, repeats=3, **changes):
+    return [
+        {"model": "m", "weights": "w", "settings": "s", "method": name, "repeat": repeat, "skipped": "none"}
+        | {"training_rss_bytes": megabytes * 1e6 + repeat, "training_anonymous_bytes": 2e7, "features_rss_bytes": 9e8}
+        | {"cache_bytes": 1.5e6, "training_s": 10.0 + repeat, "features_s": 3.0, "latents_s": 1.0}
+        | changes
+        for repeat in range(repeats)
+    ]
+
+
+def test_costs_stand_beside_the_scores_of_the_same_weights():
+    rows = [*_rows("lora", 0.5), *_rows("skip50", 0.48), *_rows("none", 0.1)]
+    costs = [*_costs("lora", 700), *_costs("skip50", 600), *_costs("skip50", 100, weights="other")]
+    lines = [line for line in quality_table(rows, costs).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].endswith("| - | - | - | - | - |")
+    assert lines[3].endswith("| 700 MB (20) | 900 MB | 1.5 MB | 11 s | 3 s |")
+    assert "| 600 MB (20) |" in lines[4]
+    assert "MB" not in quality_table(rows, _costs("lora", 700, weights="other"))
+
+
+def test_costs_are_measured_in_fresh_processes_once(tmp_path, monkeypatch):
+    requests = []
+
+    def run(command, *, check):
+        assert command[1:3] == ["-m", "benchmarks.quality.costs"]
+        requests.append(json.loads(Path(command[3]).read_text()))
+        return subprocess.CompletedProcess(command, 0)
+
+    record = SimpleNamespace(
+        peaks={"training": MemoryReading(7, 5, 2), "features": MemoryReading(8, 6, 2)},
+        seconds={"training": 1.234, "features": 0.5},
+        plan={"skipped": "0-3", "trained_parameters": 9, "feature_cache_bytes": 11},
+        versions={"torch": "2"},
+    )
+    monkeypatch.setattr("benchmarks.quality.costs.subprocess.run", run)
+    monkeypatch.setattr("benchmarks.quality.costs.RunRecord.read", lambda path: record)
+    out = tmp_path / "costs.jsonl"
+    for repeats in (1, 2):
+        measure_costs(
+            [METHODS[name] for name in ("none", "lora", "skip50-patches")],
+            [tmp_path / "0.png"],
+            model="m",
+            recipe={"instance_prompt": "x", "steps": 5},
+            repeats=repeats,
+            identity=IDENTITY,
+            out=out,
+        )
+    assert [request["recipe"] for request in requests[:2]] == [
+        {"instance_prompt": "x", "steps": 5},
+        {"instance_prompt": "x", "steps": 5, "skip": "auto", "patches": "dynamic"},
+    ]
+    rows = read_rows(out)
+    assert [(row["method"], row["repeat"]) for row in rows] == [
+        ("lora", 0),
+        ("skip50-patches", 0),
+        ("lora", 1),
+        ("skip50-patches", 1),
+    ]
+    assert rows[0]["training_rss_bytes"] == 7 and rows[0]["features_rss_bytes"] == 8 and rows[0]["training_s"] == 1.23
+
+
+def test_a_training_that_fails_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "benchmarks.quality.costs.subprocess.run", lambda command, check: subprocess.CompletedProcess(command, 1)
+    )
+    with pytest.raises(RunError, match="failed"):
+        measure_costs([METHODS["lora"]], [], model="m", recipe={}, repeats=1, identity=IDENTITY, out=tmp_path / "c.jsonl")
+
+
+def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
+    for method in METHODS.values():
+        Recipe.create(**subject_recipe(pocket_subjects(1)[0], POCKET_RECIPE), **method.changes)
+    for group, names in GROUPS.items():
+        assert _method_names(group) == list(names)
+        assert set(names) <= set(METHODS) and "lora" in names
+    assert _method_names("lora,hollow30,hollowed-net") == ["lora", "hollow30", "none", "patches", *GROUPS["hollowed-net"][4:]]
+
+
 def test_table_keeps_models_and_settings_apart():
     table = quality_table([*_rows("lora", 0.5), *_rows("lora", 0.9, weights="other")])
     assert table.count("Model `m`") == 2
@@ -226,7 +310,7 @@ def test_command_makes_the_table_from_committed_rows(tmp_path, capsys):
     rows, table = tmp_path / "rows.jsonl", tmp_path / "quality.md"
     for row in _rows("lora", 0.5):
         append_row(rows, row)
-    assert main(["--table-only", "--out", str(rows), "--table-file", str(table)]) == 0
+    assert main(["--table-only", "--out", str(rows), "--table-file", str(table), "--costs-out", str(tmp_path / "none")]) == 0
     assert table.read_text() == quality_table(_rows("lora", 0.5))
     assert str(table) in capsys.readouterr().out
 
