@@ -45,6 +45,7 @@ _FLUX_ATTENTION = (
     "attn.to_add_out",
 )
 _SD35: dict[str, Any] = {"model": "sd35-medium", "text_tokens": 333}
+_SD15: dict[str, Any] = {"model": "sd15", "text_tokens": 77, "resolution": 512}
 _FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512, "resolution": 256}
 
 JOBS: dict[str, Job] = {
@@ -105,6 +106,35 @@ JOBS: dict[str, Job] = {
         resolution=512,
         settings=LOW,
         compared="SimpleTuner, GPU: 1.98 GiB",
+    ),
+    "sd15-512-tuneqdm8": Job(
+        title="SD1.5, 512 px, TuneQDM over 8-bit weights in memory",
+        settings={"method": "scales", "weight_bits": 8, "activations": "recomputed"},
+        compared="the released code, GPU: 8.96 GB",
+        **_SD15,
+    ),
+    "sd15-512-tuneqdm4": Job(
+        title="SD1.5, 512 px, TuneQDM over 4-bit weights in memory",
+        settings={"method": "scales", "weight_bits": 4, "activations": "recomputed"},
+        **_SD15,
+    ),
+    "sd15-512-zo8": Job(
+        title="SD1.5, 512 px, LoRA by zeroth order over 8-bit weights in memory",
+        settings={"gradient": "zeroth_order", "weight_bits": 8},
+        compared="ZOODiP, one word, GPU: 2.37 GB",
+        **_SD15,
+    ),
+    "sd35-512-tuneqdm8": Job(
+        title="SD3.5-medium, 512 px, TuneQDM over 8-bit weights in memory",
+        resolution=512,
+        settings={"method": "scales", "weight_bits": 8, "activations": "recomputed"},
+        **_SD35,
+    ),
+    "sd35-512-zo": Job(
+        title="SD3.5-medium, 512 px, LoRA by zeroth order, weights streamed",
+        resolution=512,
+        settings={"gradient": "zeroth_order", "weights": "streamed"},
+        **_SD35,
     ),
     "sdxl-1024": Job(
         title="SDXL, 1024 px, all layers",

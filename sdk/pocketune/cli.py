@@ -74,6 +74,7 @@ def personalize(
         str | None, typer.Option(help="Blocks not to train: none, auto, auto:0.3, hollow:0.3 or ranges such as 0-3.")
     ] = None,
     patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
+    method: Annotated[str | None, typer.Option(help="What is tuned: lora, scales (of packed weights), or token.")] = None,
     gradient: Annotated[str | None, typer.Option(help="How it is had: backprop, zeroth_order, or mixed.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -94,6 +95,7 @@ def personalize(
         "instance_prompt": instance_prompt,
         "skip": skip,
         "patches": patches,
+        "method": method,
         "gradient": gradient,
         "resolution": resolution,
         "steps": steps,

@@ -24,7 +24,7 @@ class Packed:
     Attributes:
         codes: uint8, (rows, columns) with 8 bits; (rows, columns / 2) with 4 bits, even columns in the lower halves.
         scales: float32, (rows, groups).
-        zeros: uint8, (rows, groups).
+        zeros: (rows, groups), uint8, or floating point where a quantizer fits them.
         bits: 4 or 8.
     """
 

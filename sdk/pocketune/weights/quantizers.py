@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def minmax(matrix: Tensor, bits: int) -> Packed:
 
 
 def hqq(matrix: Tensor, bits: int) -> Packed:
-    """Half-quadratic quantization by torchao: the scale of each row is fitted so that few large errors remain.
+    """Half-quadratic quantization by torchao: the zero of each row is fitted, in floating point, so that errors are sparse.
 
     Paper: Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models".
 
@@ -47,34 +47,22 @@ def hqq(matrix: Tensor, bits: int) -> Packed:
         PlanError: torchao is not installed.
     """
     try:
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerAxis
-        from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
+        # Its public entry points fit scales alone, or pack for kernels of their own.
+        from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq as fit
     except ImportError as error:
         msg = "the quantizer \"hqq\" is torchao's, which is not installed. Run: pip install 'pocketune[quant]'"
         raise PlanError(msg) from error
-    layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(matrix, requires_grad=False)
-    quantize_(
-        layer,
-        IntxWeightOnlyConfig(
-            weight_dtype=getattr(torch, f"int{bits}"),
-            granularity=PerAxis(0),
-            intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
-        ),
+    codes, scales, zeros, _ = fit(
+        matrix,
+        nbits=bits,
+        group_size=matrix.shape[1],
+        compute_dtype=torch.float32,
+        device=str(matrix.device),
+        raw_output=True,
     )
-    weight: Any = layer.weight  # torchao's tensor
-    return symmetric(weight.qdata, weight.scale, bits)
-
-
-def symmetric(values: Tensor, scales: Tensor, bits: int) -> Packed:
-    """The packed form of signed integers, (rows, columns), with one scale a row."""
-    zero = 2 ** (bits - 1)
-    codes = (values.to(torch.int16) + zero).to(torch.uint8)
     if bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    zeros = torch.full((values.shape[0], 1), zero, dtype=torch.uint8, device=codes.device)
-    return Packed(codes=codes.contiguous(), scales=scales.float().reshape(-1, 1), zeros=zeros, bits=bits)
+    return Packed(codes=codes.contiguous(), scales=scales, zeros=zeros, bits=bits)
 
 
 QUANTIZERS: dict[str, Quantizer] = {"minmax": minmax, "hqq": hqq}
