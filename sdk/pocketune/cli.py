@@ -134,6 +134,9 @@ def sample(
     resolution: Annotated[
         int | None, typer.Option(help="Image side in pixels; default: that of the RUN or model.", min=16)
     ] = None,
+    streamed: Annotated[
+        bool, typer.Option("--streamed", help="Leave weights on disk: little memory, one image at a time.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The image file; several images get numbers.")] = Path("sample.png"),
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -151,6 +154,7 @@ def sample(
                 prompt,
                 lora=source,
                 seeds=[seed + number for number in range(len(prompt))],
+                streamed=streamed,
                 on_image=lambda done, total: display(_image_event(done, total)),
                 **settings,
             )

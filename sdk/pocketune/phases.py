@@ -33,7 +33,7 @@ from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress
 from pocketune.recipe import Recipe
 from pocketune.record import SamplePair
-from pocketune.sample import run_pipeline
+from pocketune.sample import BATCH, run_pipeline
 from pocketune.sampling.batches import BatchMaker, CropKey, NoiseSchedule, Posterior, crop_key, encode_crops
 from pocketune.sampling.choices import Choice, choose, lower
 from pocketune.sampling.draws import Draw, Kind, draw_samples, refresh_periods, step_draws
@@ -106,6 +106,11 @@ class Phases:
     def parts_residence(self) -> Residence:
         """Where the weights of text encoders and VAE are; they are not packed."""
         return Residence(streamed=self.recipe.weights == "streamed")
+
+    @property
+    def sampling_batch(self) -> int:
+        """Images sampled at a time."""
+        return 1 if self.parts_residence.streamed else BATCH
 
     @property
     def latent_side(self) -> int | None:
@@ -187,6 +192,7 @@ class Phases:
                     steps=self.recipe.sample_steps,
                     guidance=self.recipe.guidance_scale,
                     resolution=self.resolution,
+                    batch=self.sampling_batch,
                     on_image=lambda done, total: self.tell("class images", done, total, "image"),
                 )
                 for image, path in zip(images, paths, strict=True):
@@ -364,6 +370,7 @@ class Phases:
                     steps=self.recipe.sample_steps,
                     guidance=self.recipe.guidance_scale,
                     resolution=self.resolution,
+                    batch=self.sampling_batch,
                     on_image=lambda done, _: self.tell("samples", already + done, total, "image"),
                 )
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pocketune.allocator import return_freed_memory
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.tuning import find_result, method_of
+from pocketune.weights.fill import Residence
 
 BATCH = 4
 
@@ -25,6 +27,7 @@ def generate(
     guidance: float | None = None,
     resolution: int | None = None,
     device: str | None = None,
+    streamed: bool = False,
     on_image: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Sample an image for each prompt.
@@ -38,6 +41,7 @@ def generate(
         guidance: guidance scale; default: what suits the architecture, 7 for Stable Diffusion 3.
         resolution: image side in pixels; default: the model's.
         device: torch device; default: CUDA where there is one.
+        streamed: leave weights on disk and sample one image at a time, in little memory.
         on_image: called with (done, total).
 
     Raises:
@@ -47,7 +51,14 @@ def generate(
     folder = open_model(model)
     place = torch.device(device or default_device())
     path = find_result(lora) if lora is not None else None
-    pipeline = folder.pipeline(dtype=torch.float32 if place.type == "cpu" else torch.float16, device=place)
+    if streamed:
+        return_freed_memory()
+    pipeline = folder.pipeline(
+        dtype=torch.float32 if place.type == "cpu" else torch.float16,
+        device=place,
+        weights=Residence(streamed=streamed),
+        latent_side=(resolution or folder.native_resolution) // folder.vae_scale,
+    )
     if path is not None:
         method_of(path).apply(pipeline, path, folder)
     return run_pipeline(
@@ -58,6 +69,7 @@ def generate(
         steps=steps,
         guidance=folder.family.guidance if guidance is None else guidance,
         resolution=resolution,
+        batch=1 if streamed else BATCH,
         on_image=on_image,
     )
 
@@ -71,14 +83,15 @@ def run_pipeline(
     steps: int,
     guidance: float,
     resolution: int | None = None,
+    batch: int = BATCH,
     on_image: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """Sample with a pipeline that is loaded already, four images at a time; arguments as of `generate`."""
+    """Sample with a pipeline that is loaded already, `batch` images at a time; other arguments as of `generate`."""
     pipeline.set_progress_bar_config(disable=True)
     side = resolution or folder.native_resolution
     images: list[Image.Image] = []
-    for start in range(0, len(prompts), BATCH):
-        part = slice(start, start + BATCH)
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
         images += pipeline(
             prompt=list(prompts[part]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +81,13 @@ def train(
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
                 loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, optimizer, step=step)
+                _check_finite(loss, step=step)
+                losses.append(loss)
             else:
-                with saved_to(scratch):
+                with saved_to(scratch), _whole_or_not_at_all(recipe):
                     loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs)
-            if not torch.isfinite(torch.tensor(loss)):
-                msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
-                raise RunError(msg)
-            losses.append(loss)
+                    _check_finite(loss, step=step)
+                    losses.append(loss)
             on_step(step + 1, recipe.steps, loss)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stop:
                 checkpoints.save(kept, optimizer, step=step + 1, losses=tuple(losses))
@@ -92,6 +96,28 @@ def train(
         msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Add --resume to go on."
         raise Interrupted(msg) from error
     return tuple(losses)
+
+
+@contextmanager
+def _whole_or_not_at_all(recipe: Recipe) -> Iterator[None]:
+    """Where blocks are updated one by one, let Ctrl-C wait for the end of the step: half a step could not be resumed from."""
+    if not recipe.optimizer_in_backward or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _check_finite(loss: float, *, step: int) -> None:
+    if not math.isfinite(loss):
+        msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
+        raise RunError(msg)
 
 
 def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:

@@ -1,11 +1,15 @@
 """The whole job with weights on disk and activations made again gives the LoRA of the job that keeps all in memory."""
 
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
-from pocketune import personalize
+from pocketune import generate, personalize
 from pocketune.allocator import name_allocator, return_freed_memory, trim
+from pocketune.errors import Interrupted
 from pocketune.weights import stream
 from tests.reliability.test_job import LORA, quick_recipe
 
@@ -22,6 +26,38 @@ def test_streamed_job_gives_equal_bytes(
     assert (tmp_path / "disk" / LORA).read_bytes() == (tmp_path / "memory" / LORA).read_bytes()
     images = [sorted((tmp_path / name / "samples").glob("*.png")) for name in ("memory", "disk")]
     assert [path.read_bytes() for path in images[0]] == [path.read_bytes() for path in images[1]]
+
+
+def test_interrupted_inside_backward_and_resumed_equals_unbroken(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Blocks are updated one by one; Ctrl-C between two of them must not leave half a step behind."""
+    recipe = quick_recipe(steps=3, checkpoint_every=100, activations="recomputed", optimizer_in_backward=True)
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupted(parameters: Iterable[torch.Tensor], largest: float) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) == 10:  # six blocks and the rest of the model a step: in the middle of the second
+            signal.raise_signal(signal.SIGINT)
+        return clip(parameters, largest)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 2 of 3"):
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+        personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken")
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken", resume=True)
+    assert (tmp_path / "broken" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
+
+
+def test_streamed_sampling_gives_equal_images(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SMALLEST_STREAMED", 1)
+    images = [
+        generate(tiny_folder, ["a photo of a toy"], seeds=[3], steps=2, resolution=64, streamed=streamed)[0].tobytes()
+        for streamed in (False, True)
+    ]
+    assert images[0] == images[1]
 
 
 def test_the_allocator_is_named_and_gives_back_what_was_freed() -> None:

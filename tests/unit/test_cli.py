@@ -239,7 +239,8 @@ def test_sample_writes_one_image_for_each_prompt(pipeline: FakeGenerate, tmp_pat
         cli.app, ["sample", "x.safetensors", "--prompt", "a", "--prompt", "b", "--seed", "4", "--out", str(out)]
     )
     assert result.exit_code == 0, result.stderr
-    assert pipeline.calls == [{"model": "pocket-sd3", "prompts": ["a", "b"], "lora": Path("x.safetensors"), "seeds": [4, 5]}]
+    asked = {"prompts": ["a", "b"], "lora": Path("x.safetensors"), "seeds": [4, 5], "streamed": False}
+    assert pipeline.calls == [{"model": "pocket-sd3", **asked}]
     names = ["image-00.png", "image-01.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert [np.asarray(Image.open(tmp_path / name))[0, 0, 0] for name in names] == [0, 1]
@@ -253,7 +254,7 @@ def test_sample_takes_model_and_settings_from_the_run(pipeline: FakeGenerate, tm
     result = runner.invoke(cli.app, command)
     assert json.loads(result.stdout)["images"] == [str(tmp_path / "a.jpg")]
     assert runner.invoke(cli.app, [*command, "--guidance", "0", "--steps", "2", "--model", "mine"]).exit_code == 0
-    shared = {"prompts": ["a"], "lora": tmp_path, "seeds": [0], "resolution": 64}
+    shared = {"prompts": ["a"], "lora": tmp_path, "seeds": [0], "resolution": 64, "streamed": False}
     assert pipeline.calls == [
         {"model": "other/model", "steps": 11, "guidance": 3.0, **shared},
         {"model": "mine", "steps": 2, "guidance": 0.0, **shared},
