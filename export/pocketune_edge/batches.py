@@ -36,13 +36,13 @@ def encode_crops(
     manifest = sessions.bundle.manifest
     wanted = list(dict.fromkeys((draw.kind, draw.image, draw.crop) for draw in draws))
     posteriors: dict[CropKey, Posterior] = {}
-    with sessions.opened(manifest.graph("vae_encoder")) as session:
-        rows = session.graph.shape_of("pixels")[0]
-        for done, (kind, image, crop) in enumerate(wanted):
-            pixels = cut(images[kind][image], crop, resolution=manifest.batch.resolution)[None]
-            found = session.run({"pixels": np.repeat(pixels, rows, axis=0)})
-            posteriors[kind, image, crop] = Posterior(*(found[name][:1].astype(np.float32) for name in ("mean", "std")))
-            on_crop(done + 1, len(wanted))
+    graphs = manifest.named(manifest.vae.encoder)
+    rows = graphs[0].shape_of("pixels")[0]
+    for done, (kind, image, crop) in enumerate(wanted):
+        pixels = cut(images[kind][image], crop, resolution=manifest.batch.resolution)[None]
+        found = sessions.run_parts(graphs, {"pixels": np.repeat(pixels, rows, axis=0)}, ("mean", "std"))
+        posteriors[kind, image, crop] = Posterior(*(found[name][:1].astype(np.float32) for name in ("mean", "std")))
+        on_crop(done + 1, len(wanted))
     return posteriors
 
 

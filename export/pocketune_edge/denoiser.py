@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketune_edge.manifest import Graph, Manifest
+from pocketune_edge.manifest import Graph, Manifest, Span
 from pocketune_edge.session import Array, Sessions, Values
 
 Floats = NDArray[np.float32]
@@ -23,11 +23,11 @@ class Part:
     """Some rows on their way through the denoiser.
 
     Attributes:
-        embedding: (rows, width), of timestep and pooled text.
-        streams: by name, (rows, tokens, width); a stream that has ended is absent.
+        context: what every block may take, by name: the embedding of timestep and pooled text, and more of some models.
+        streams: by name, (rows, tokens, width) or (rows, channels, height, width); a stream that has ended is absent.
     """
 
-    embedding: Array
+    context: dict[str, Array]
     streams: dict[str, Array]
 
 
@@ -52,10 +52,17 @@ class Denoiser:
         return self.manifest.batch.rows
 
     def begin(self, batches: Iterable[Values]) -> list[Part]:
-        """Embed each part: `noisy`, `timesteps`, `prompt_hidden` and `prompt_pooled`."""
+        """Embed each part: `noisy`, `timesteps` and the encoded prompt."""
         with self.sessions.opened(self.manifest.graph("embed")) as session:
             results = [session.run(batch) for batch in batches]
-        return [Part(found["embedding"], {name: found[name] for name in self.manifest.model.streams}) for found in results]
+        streams = set(self.manifest.model.streams)
+        return [
+            Part(
+                {name: value for name, value in found.items() if name not in streams},
+                {name: value for name, value in found.items() if name in streams},
+            )
+            for found in results
+        ]
 
     def run_blocks(self, start: int, stop: int, parts: Sequence[Part], parameters: Floats, tape: Tape | None = None) -> None:
         """Run the blocks from `start` to before `stop` on all parts, in place.
@@ -74,16 +81,17 @@ class Denoiser:
             own = _slice(graph, parameters)
             with self.sessions.opened(graph) as session:
                 for part in parts:
-                    found = session.run({**part.streams, "embedding": part.embedding, **own})
-                    part.streams = {name: found[f"new_{name}"] for name in part.streams if f"new_{name}" in found}
+                    found = session.run({**part.streams, **part.context, **own})
+                    passing = {name: value for name, value in part.streams.items() if not graph.takes(name)}
+                    part.streams = passing | {name.removeprefix("new_"): value for name, value in found.items()}
 
     def finish(self, parts: Sequence[Part]) -> list[Floats]:
-        """The velocity of each part, (rows, channels, height, width)."""
+        """What the denoiser predicts for each part, (rows, channels, height, width)."""
         with self.sessions.opened(self.manifest.graph("head")) as session:
-            return [_floats(session.run({**part.streams, "embedding": part.embedding})["velocity"]) for part in parts]
+            return [_floats(session.run({**part.streams, **part.context})["prediction"]) for part in parts]
 
     def predict(self, batches: Sequence[Values], parameters: Floats) -> list[Floats]:
-        """The velocity that the whole model gives each part."""
+        """What the whole model predicts for each part."""
         parts = self.begin(batches)
         self.run_blocks(0, self.manifest.model.block_count, parts, parameters)
         return self.finish(parts)
@@ -108,22 +116,16 @@ class Denoiser:
                 self.run_blocks(span.start, span.stop, parts, parameters, tape)
             elif plan.use_residuals:
                 for part, batch in zip(parts, batches, strict=True):
-                    part.streams = self._skip(part.streams, span.start, span.stop, batch)
+                    part.streams = _skip(part.streams, span, batch)
         loss, leaving = self._loss(parts, batches)
         return loss, self._backward(parts, parameters, tape, leaving)
-
-    def _skip(self, streams: dict[str, Array], start: int, stop: int, batch: Values) -> dict[str, Array]:
-        """The streams behind a skipped span: a prefix is replaced, any later span's change is added."""
-        cached = {name: batch.get(f"features_{start}_{stop}_{name}") for name in self.manifest.model.streams}
-        present = {name: value for name, value in cached.items() if value is not None}
-        return present if start == 0 else {name: streams[name] + value for name, value in present.items() if name in streams}
 
     def _loss(self, parts: Sequence[Part], batches: Sequence[Values]) -> tuple[float, list[dict[str, Array]]]:
         loss = np.float32(0.0)
         gradients = []
         with self.sessions.opened(self.manifest.graph("head_loss")) as session:
             for part, batch in zip(parts, batches, strict=True):
-                found = session.run({**batch, **part.streams, "embedding": part.embedding})
+                found = session.run({**batch, **part.streams, **part.context})
                 loss += np.float32(found["loss"])
                 gradients.append({"image": found["grad_image"]})
         return float(loss), gradients
@@ -137,21 +139,33 @@ class Denoiser:
             graph = self.manifest.graph("block_vjp", block)
             own = _slice(graph, parameters)
             following = []
+            changed = {spec.name for spec in self.manifest.graph("block_forward", block).outputs}
             with self.sessions.opened(graph) as session:
                 for part, entered, grads in zip(parts, tape.entered.pop(block), leaving, strict=True):
                     given = {f"grad_new_{name}": value for name, value in grads.items()}
-                    found = session.run({**entered, **given, "embedding": part.embedding, **own})
+                    found = session.run({**entered, **given, **part.context, **own})
                     if graph.parameters is not None:
                         gradient[slice(*graph.parameters)] += _floats(found["gradients"])
-                    following.append({name: found[f"grad_{name}"] for name in entered if f"grad_{name}" in found})
+                    passing = {name: value for name, value in grads.items() if f"new_{name}" not in changed}
+                    following.append(passing | {name: found[f"grad_{name}"] for name in entered if f"grad_{name}" in found})
             leaving = following
         return gradient
 
 
 def noisy(batch: Values) -> Array:
-    """Rectified flow: (1 - sigma) latents + sigma noise."""
+    """The noisy latents, alpha latents + sigma noise, where alpha is 1 - sigma for rectified flow."""
     sigma = _floats(batch["sigmas"]).reshape(-1, 1, 1, 1)
-    return (np.float32(1.0) - sigma) * _floats(batch["latents"]) + sigma * _floats(batch["noise"])
+    alpha = _floats(batch["alphas"]).reshape(-1, 1, 1, 1) if "alphas" in batch else np.float32(1.0) - sigma
+    return alpha * _floats(batch["latents"]) + sigma * _floats(batch["noise"])
+
+
+def _skip(streams: dict[str, Array], span: Span, batch: Values) -> dict[str, Array]:
+    """The streams behind a skipped span; one that the span ends, and that no later block takes, may stay."""
+    prefix = f"features_{span.start}_{span.stop}_"
+    cached = {name.removeprefix(prefix): batch[name] for name in span.features}
+    if span.replaces:
+        return streams | cached
+    return {name: streams[name] + value for name, value in cached.items()}
 
 
 def _slice(graph: Graph, parameters: Floats) -> dict[str, Array]:

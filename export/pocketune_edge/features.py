@@ -116,9 +116,10 @@ def _features(
         denoiser.run_blocks(span.start, span.stop, parts, frozen)
         position = span.stop
         for part, before, values in zip(parts, entering, found, strict=True):
-            for name, after in part.streams.items():
-                feature = f"features_{span.start}_{span.stop}_{name}"
-                values[feature] = after if span.start == 0 else _change(after, before[name])
+            for name in span.features:
+                stream = name.removeprefix(f"features_{span.start}_{span.stop}_")
+                after = part.streams[stream]
+                values[name] = after if span.replaces else _change(after, before[stream])
     index = 0
     for draws, batch in zip(batches, inputs, strict=True):
         rows = [_row(found[index + number], row) for number in range(len(batch)) for row in range(denoiser.rows)]

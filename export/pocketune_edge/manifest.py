@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -54,6 +55,7 @@ BundlePath = Annotated[str, PathRule()]
 Positive = Annotated[float, Rule(above=0)]
 NotNegative = Annotated[float, Rule(low=0)]
 Fraction = Annotated[float, Rule(low=0, below=1)]
+Share = Annotated[float, Rule(above=0, below=1)]
 _SOME = Rule(low=1)
 
 
@@ -124,6 +126,7 @@ class Span:
     stop: Size
     skipped: bool
     features: tuple[Name, ...]
+    replaces: bool
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Batch:
     latent_shape: tuple[Size, Size, Size]
     text_tokens: Size
     text_width: Size
-    pooled_width: Size
+    pooled_width: Count
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Rectified flow."""
+    """Which noise a timestep has."""
 
-    kind: Literal["flow_match_euler"]
+    kind: Literal["flow_match_euler", "ddpm"]
+    objective: Literal["flow", "epsilon", "v_prediction"]
     train_timesteps: Size
     shift: Positive
+    signal: tuple[Share, ...] | None
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,8 @@ class Lora:
 class TextEncoder:
     """A text encoder and its tokenizer."""
 
-    graph: Name
+    number: Count
+    graphs: Annotated[tuple[Name, ...], _SOME]
     tokenizer: BundlePath
     tokens: Size
     pad_id: Count
@@ -208,6 +214,8 @@ class TextEncoder:
 class Vae:
     """The image encoder and decoder."""
 
+    encoder: Annotated[tuple[Name, ...], _SOME]
+    decoder: Annotated[tuple[Name, ...], _SOME]
     scaling_factor: float
     shift_factor: float
     downscale: Size
@@ -261,6 +269,11 @@ class Manifest:
     memory: Memory
     graphs: Annotated[tuple[Graph, ...], _SOME]
     files: Annotated[tuple[File, ...], _SOME]
+
+    def named(self, names: Iterable[str]) -> list[Graph]:
+        """The graphs of some names, in the order of the names, all of which the manifest was checked to have."""
+        graphs = {graph.name: graph for graph in self.graphs}
+        return [graphs[name] for name in names]
 
     def graph(self, role: Role, block: int | None = None) -> Graph:
         """The graph with a role, of one block where there is one a block.

@@ -117,10 +117,10 @@ def sampling_schedule(noise: NoiseSchedule, steps: int) -> tuple[NDArray[np.floa
 
 def decode(sessions: Sessions, latents: Sequence[Floats]) -> list[Floats]:
     """Latents to pixels in [-1, 1], each (3, height, width)."""
-    with sessions.opened(sessions.bundle.manifest.graph("vae_decoder")) as session:
-        rows = session.graph.shape_of("latents")[0]
-        results = [session.run({"latents": np.repeat(latent, rows, axis=0)})["pixels"][0] for latent in latents]
-    return [np.asarray(pixels, np.float32) for pixels in results]
+    graphs = sessions.bundle.manifest.named(sessions.bundle.manifest.vae.decoder)
+    rows = graphs[0].shape_of("latents")[0]
+    results = [sessions.run_parts(graphs, {"latents": np.repeat(latent, rows, axis=0)}, ("pixels",)) for latent in latents]
+    return [np.asarray(found["pixels"][0], np.float32) for found in results]
 
 
 def to_image(pixels: Floats) -> Image.Image:

@@ -6,7 +6,7 @@ anonymous memory, unfold fp16 to fp32, and undo the recomputation of activations
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,6 +106,21 @@ class Sessions:
         """Run a graph once."""
         with self.opened(graph) as session:
             return session.run(values)
+
+    def run_parts(self, graphs: Sequence[Graph], values: Values, wanted: Collection[str]) -> dict[str, Array]:
+        """Run the parts of one whole one after the other, each on what was given and what earlier parts gave.
+
+        Args:
+            graphs: the parts in order; with streaming, one is in memory at a time.
+            values: by name, what is given.
+            wanted: names of the results; those that no part gives are absent.
+        """
+        known: dict[str, Array] = dict(values)
+        for number, graph in enumerate(graphs):
+            known |= self.run(graph, known)
+            needed = {spec.name for later in graphs[number + 1 :] for spec in later.inputs}.union(wanted)
+            known = {name: value for name, value in known.items() if name in needed}
+        return known
 
     def close(self) -> None:
         """Close what stayed open."""

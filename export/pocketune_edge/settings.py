@@ -77,6 +77,10 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
         BundleError: the bundle's recipe is not valid.
         SettingError: a change is not possible on the device, or out of range.
     """
+    if manifest.noise_schedule.kind != "flow_match_euler":
+        name = manifest.model.name
+        msg = f"{name} is a diffusion model; on the device, so far only rectified flow trains and samples. Use `pocketune`."
+        raise SettingError(msg)
     try:
         Settings.of(manifest.recipe)
     except MisfitError as error:

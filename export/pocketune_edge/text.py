@@ -23,7 +23,7 @@ class Prompt:
 
 
 def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prompt]:
-    """Encode each distinct prompt, one encoder in memory at a time.
+    """Encode each distinct prompt, one part of an encoder in memory at a time.
 
     Raises:
         BundleError: a tokenizer is damaged.
@@ -31,16 +31,14 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
     manifest = sessions.bundle.manifest
     distinct = list(dict.fromkeys(prompts))
     found: dict[str, dict[str, Array]] = {prompt: {} for prompt in distinct}
-    graphs = {graph.name: graph for graph in manifest.graphs}
     for encoder in manifest.text_encoders:
-        graph = graphs[encoder.graph]
-        rows, number = graph.shape_of("ids")[0], graph.block
+        graphs = manifest.named(encoder.graphs)
+        rows = graphs[0].shape_of("ids")[0]
         tokenizer = _tokenizer(sessions.bundle, encoder)
-        with sessions.opened(graph) as session:
-            for prompt in distinct:
-                ids = np.array(tokenizer.encode(prompt).ids, np.int64)
-                given = session.run({"ids": np.repeat(ids[None], rows, axis=0)})
-                found[prompt] |= {f"{name}_{number}": value[:1] for name, value in given.items()}
+        for prompt in distinct:
+            ids = np.array(tokenizer.encode(prompt).ids, np.int64)
+            given = sessions.run_parts(graphs, {"ids": np.repeat(ids[None], rows, axis=0)}, ("hidden", "pooled"))
+            found[prompt] |= {f"{name}_{encoder.number}": value[:1] for name, value in given.items()}
     with sessions.opened(manifest.graph("text_join")) as session:
         return {
             prompt: _join(session.run(_repeated(values, session.graph.inputs[0].shape[0]))) for prompt, values in found.items()

@@ -20,6 +20,9 @@ def plan_faults(manifest: Manifest) -> Iterable[str]:
         position = span.stop
     if position != manifest.model.block_count:
         yield f"the plan covers {position} of {manifest.model.block_count} blocks"
+    noise = manifest.noise_schedule
+    if (noise.kind == "ddpm") != (noise.signal is not None) or (noise.signal and len(noise.signal) != noise.train_timesteps):
+        yield "the noise schedule's signal does not fit its kind and timesteps"
     if manifest.batch.rows != manifest.batch.photos + manifest.batch.class_images:
         yield "the batch's rows are not its photos and class images"
 
@@ -52,9 +55,10 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
     names = [graph.name for graph in manifest.graphs]
     if len(set(names)) != len(names) or len({(graph.role, graph.block) for graph in manifest.graphs}) != len(names):
         yield "two graphs have one name or role"
-    unknown = {encoder.graph for encoder in manifest.text_encoders} - set(names)
+    parts = [*manifest.vae.encoder, *manifest.vae.decoder, *(name for of in manifest.text_encoders for name in of.graphs)]
+    unknown = set(parts) - set(names)
     if unknown:
-        yield f"the text encoder {min(unknown)} has no graph"
+        yield f"the graph {min(unknown)} is used but not there"
     for graph in manifest.graphs:
         start, stop = graph.parameters or (0, 0)
         if start > stop or stop > manifest.lora.flat_elements:

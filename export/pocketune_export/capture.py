@@ -22,7 +22,7 @@ from pocketune_export.manifest import Dtype, TensorSpec
 from pocketune_export.passes import Derived, prepare
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "int64": torch.int64}
-_NAMES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.int64: "int64"}
+NAMES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.int64: "int64"}
 
 T = TypeVar("T")
 Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -94,7 +94,7 @@ def capture(model: nn.Module, function: Function, inputs: Sequence[TensorSpec], 
     used = _drop_unused(module, (*given_names, *weights))
     results = next(node for node in module.graph.nodes if node.op == "output").args[0]
     outputs = tuple(
-        TensorSpec(name=name, shape=tuple(node.meta["val"].shape), dtype=_NAMES[node.meta["val"].dtype], meaning=meanings[name])
+        TensorSpec(name=name, shape=tuple(node.meta["val"].shape), dtype=NAMES[node.meta["val"].dtype], meaning=meanings[name])
         for name, node in zip(result_names, results, strict=True)
     )
     kept = tuple(spec for spec in inputs if spec.name in used)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from pocketune.delta import LORA_FILE, save_lora
-from pocketune.errors import ModelError, PlanError, RecipeError
+from pocketune.errors import ModelError, PlanError
 from pocketune.memory import read_memory
 from pocketune.methods.lora import ADAPTER, add_lora, start_values
+from pocketune.models import mmdit, unet
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan
@@ -27,14 +28,16 @@ from pocketune.recipe import Recipe
 from pocketune_export import manifest as m
 from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
+from pocketune_export.cutting import cut
+from pocketune_export.decisions import check_exportable, noise_schedule, resolution_of
 from pocketune_export.denoiser_graphs import DenoiserGraphs, Sizes
 from pocketune_export.quantize import Storage
-from pocketune_export.remainder import TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
+from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
 from pocketune_export.sources import DenoiserWeights
 from pocketune_export.training import BETA1, BETA2, EPSILON
 from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
 
-EXPORTABLE = ("SD3Transformer2DModel",)
+EXPORTABLE = (mmdit.FAMILY, unet.SD)
 LORA_PATH = f"lora/{LORA_FILE}"
 
 
@@ -103,9 +106,12 @@ def export_variants(
             msg = f"a block of {variant.block} weights cannot share a scale. Give a block of 2 or more, such as 32."
             raise PlanError(msg)
     folder = open_model(model)
-    if folder.denoiser_kind not in EXPORTABLE:
-        msg = f"{folder.name} is a {folder.denoiser_kind}; so far only {', '.join(EXPORTABLE)} can be exported."
+    if folder.family not in EXPORTABLE:
+        titles = " and ".join(family.title for family in EXPORTABLE)
+        msg = f"{folder.name} is a {folder.family.title}; so far only {titles} can be exported. Train it with `pocketune`."
         raise ModelError(msg)
+    recipe = folder.family.complete(recipe)
+    check_exportable(recipe)
     with ExitStack() as stack:
         scratch = [stack.enter_context(new_bundle_folder(variant.out)) for variant in variants]
         writers = [BundleWriter(at, weights=of.weights, block=of.block) for at, of in zip(scratch, variants, strict=True)]
@@ -121,10 +127,9 @@ class _Export:
         self._writers = writers
         self._on_progress = on_progress
         self._written = 0
-        self._plan: BlockPlan = plan_for(
+        self._plan = plan_for(
             folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection_of(folder)
         )
-        check_exportable(recipe)
         self._resolution = resolution_of(folder, recipe)
         side = self._resolution // folder.vae_scale
         self._latents = (int(folder.vae_config["latent_channels"]), side, side)
@@ -141,6 +146,7 @@ class _Export:
     def _text_encoders(self) -> tuple[tuple[m.TextEncoder, ...], TextSizes]:
         captures: dict[int, Capture] = {}
         described = []
+        count = 0
         for number in encoder_numbers(self._folder):
             tokenizer = read_tokenizer(self._folder, number)
             path = f"tokenizer-{number}/tokenizer.json"
@@ -148,20 +154,32 @@ class _Export:
                 writer.add_file(path, tokenizer.content)
             part = text_encoder(self._folder, number, tokenizer.tokens)
             captures[number] = part.capture
-            self._add(Traced(part.name, "text_encoder", number, None, part.capture), _component(part.name, part.load))
-            of = {"tokens": tokenizer.tokens, "pad_id": tokenizer.pad_id, "pad_token": tokenizer.pad_token}
-            described.append(m.TextEncoder(graph=part.name, tokenizer=path, **of))  # type: ignore[arg-type]
+            names = self._add_parts(part, "text_encoder", first=count)
+            count += len(names)
+            described.append(
+                m.TextEncoder(
+                    number=number,
+                    graphs=names,
+                    tokenizer=path,
+                    tokens=tokenizer.tokens,
+                    pad_id=tokenizer.pad_id,
+                    pad_token=tokenizer.pad_token,
+                )
+            )
         joined, sizes = text_join(captures, self._folder)
-        self._add(Traced("text_join", "text_join", None, None, joined), _component("text_join", _no_weight))
+        self._add(Traced("text_join", "text_join", None, None, joined), Component("text_join.", _no_weight, "weights/none.bin"))
         return tuple(described), sizes
 
     def _vae(self) -> m.Vae:
         vae = self._folder.load_vae(device=torch.device("cpu"))
-        for part in vae_parts(vae, resolution=self._resolution, latents=self._latents):
-            role: m.Role = "vae_encoder" if part.name == "vae_encoder" else "vae_decoder"
-            self._add(Traced(part.name, role, None, None, part.capture), _component(part.name, part.load))
-        scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
-        return m.Vae(scaling_factor=scale, shift_factor=shift, downscale=self._folder.vae_scale)
+        encoder, decoder = vae_parts(vae, resolution=self._resolution, latents=self._latents)
+        return m.Vae(
+            encoder=self._add_parts(encoder, "vae_encoder"),
+            decoder=self._add_parts(decoder, "vae_decoder"),
+            scaling_factor=float(vae.config.scaling_factor),
+            shift_factor=float(vae.config.shift_factor or 0.0),
+            downscale=self._folder.vae_scale,
+        )
 
     def _denoiser(
         self, text: TextSizes, schedule: m.NoiseSchedule, encoders: tuple[m.TextEncoder, ...], vae: m.Vae
@@ -180,10 +198,10 @@ class _Export:
             text_width=text.width,
             pooled_width=text.pooled,
         )
-        sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled)
+        sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled, schedule.objective)
         graphs = DenoiserGraphs(adapter, parameters, plan, recipe, sizes)
         weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
-        component = Component("transformer.", weights, lambda name: _file_of(adapter, name))
+        component = Component(f"{self._folder.family.component}.", weights, "weights/denoiser.bin")
         for traced in graphs.trace():
             self._add(traced, component)
         return Described(
@@ -193,7 +211,7 @@ class _Export:
                 sha256=self._folder.fingerprint(),
                 note=self._folder.note(),
                 block_count=self._folder.block_count,
-                streams=adapter.stream_names,
+                streams=graphs.stream_names,
             ),
             recipe=recipe.model_dump(mode="json"),
             plan=m.Plan(spans=tuple(_describe_spans(plan, graphs)), use_residuals=recipe.use_residuals),
@@ -202,7 +220,7 @@ class _Export:
                 rank=recipe.rank,
                 alpha=float(recipe.rank),
                 targets=targets,
-                parameters=tuple(_describe_parameters(adapter, graphs, parameters)),
+                parameters=tuple(_describe_parameters(adapter, graphs, parameters, component.prefix)),
                 flat_elements=graphs.layout.elements,
                 initial=LORA_PATH,
             ),
@@ -232,6 +250,15 @@ class _Export:
             writer.add_file(LORA_PATH, content)
         return {name: adapter.model.get_parameter(name) for name in parameters}
 
+    def _add_parts(self, part: Part, role: m.Role, *, first: int = 0) -> tuple[str, ...]:
+        """Add a component in parts that run one after the other; the names of their graphs."""
+        component = Component(f"{part.name}.", part.load, f"weights/{part.name}.bin")
+        names = []
+        for number, piece in enumerate(cut(part.capture)):
+            names.append(f"{part.name}.{number:02d}")
+            self._add(Traced(names[-1], role, first + number, None, piece), component)
+        return tuple(names)
+
     def _add(self, traced: Traced, component: Component) -> None:
         for writer in self._writers:
             writer.add_graph(traced, component)
@@ -240,85 +267,25 @@ class _Export:
         self._on_progress(Progress(phase="graphs", done=self._written, total=0, unit="graph", rss_bytes=rss))
 
 
-def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
-    """The recipe's resolution, or the model's own.
-
-    Raises:
-        PlanError: the model cannot work at it.
-    """
-    side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
-    if side % unit or (largest is not None and side > largest):
-        bound = "" if largest is None else f" up to {largest}"
-        msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
-        raise PlanError(msg)
-    return side
-
-
-def check_exportable(recipe: Recipe) -> None:
-    """Refuse what the runtime on a device does not do.
-
-    Raises:
-        RecipeError: with the reason.
-    """
-    reasons = {
-        "method": (recipe.method != "lora", "its graphs train LoRA"),
-        "timestep_low": (recipe.timestep_low != 0, "devices draw from all timesteps"),
-        "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
-        "gradient": (recipe.gradient != "backprop", "its graphs backpropagate"),
-        "patches": (recipe.patches != "none", "devices cut whole squares"),
-        "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
-    }
-    for name, (asked, reason) in reasons.items():
-        if asked:
-            msg = f'a bundle cannot hold {name} = "{getattr(recipe, name)}": {reason}. Leave {name} out to export.'
-            raise RecipeError(msg)
-
-
-def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:
-    """The model's noise schedule.
-
-    Raises:
-        ModelError: it has options that are not in the bundle format.
-    """
-    config = folder.scheduler().config
-    odd = [name for name in ("use_dynamic_shifting", "use_karras_sigmas", "invert_sigmas") if config.get(name)]
-    if odd:
-        msg = f"the noise schedule of {folder.name} has {odd[0]}, which a bundle cannot say. Please report this model."
-        raise ModelError(msg)
-    steps, shift = int(config["num_train_timesteps"]), float(config["shift"])
-    return m.NoiseSchedule(kind="flow_match_euler", train_timesteps=steps, shift=shift)
-
-
 def _describe_spans(plan: BlockPlan, graphs: DenoiserGraphs) -> Iterator[m.Span]:
     for span in plan.spans:
         features = tuple(feature.name for feature in graphs.features(span))
-        yield m.Span(start=span.start, stop=span.stop, skipped=span.skipped, features=features)
+        replaces = bool(features) and graphs.replaces(span)
+        yield m.Span(start=span.start, stop=span.stop, skipped=span.skipped, features=features, replaces=replaces)
 
 
 def _describe_parameters(
-    adapter: DenoiserAdapter, graphs: DenoiserGraphs, parameters: dict[str, nn.Parameter]
+    adapter: DenoiserAdapter, graphs: DenoiserGraphs, parameters: dict[str, nn.Parameter], prefix: str
 ) -> Iterator[m.Parameter]:
     starts = {slot.name: slot.start for slot in graphs.layout.slots}
     for name, parameter in parameters.items():
-        key = "transformer." + name.replace(f".{ADAPTER}.", ".")
+        key = prefix + name.replace(f".{ADAPTER}.", ".")
         shape = (parameter.shape[0], parameter.shape[1])
         yield m.Parameter(name=name, key=key, shape=shape, block=_block_of(adapter, name), offset=starts.get(name))
 
 
-def _component(name: str, load: Callable[[str], Tensor]) -> Component:
-    return Component(f"{name}.", load, lambda _: f"weights/{name}.bin")
-
-
 def _block_of(adapter: DenoiserAdapter, name: str) -> int:
     return next(index for index in range(adapter.block_count) if name.startswith(adapter.block_name(index) + "."))
-
-
-def _file_of(adapter: DenoiserAdapter, name: str) -> str:
-    """One weight file a block, and one for what all blocks share."""
-    for index in range(adapter.block_count):
-        if name.startswith(adapter.block_name(index) + "."):
-            return f"weights/block-{index:02d}.bin"
-    return "weights/denoiser.bin"
 
 
 def _no_weight(name: str) -> Tensor:

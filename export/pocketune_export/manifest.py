@@ -38,6 +38,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
 Size = Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 def checked_path(path: str) -> str:
@@ -85,7 +86,8 @@ class Graph(_Strict):
     file: BundlePath
     role: Role
     block: Count | None = Field(
-        description="Which block, of block_forward and block_vjp; which encoder, of text_encoder; else null."
+        description="Which block, of block_forward and block_vjp; which part, of text_encoder (counted through all encoders), "
+        "vae_encoder and vae_decoder; else null."
     )
     parameters: tuple[Count, Count] | None = Field(
         description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without LoRA."
@@ -118,7 +120,9 @@ class Model(_Strict):
     note: str | None
     block_count: Size
     streams: tuple[Name, ...] = Field(
-        min_length=1, description="What flows from block to block; graph inputs have these names."
+        min_length=1,
+        description="What flows from block to block; graph inputs have these names. A stream that a block takes and does not "
+        "give back ends there; one that it does not take passes it by.",
     )
 
 
@@ -129,8 +133,11 @@ class Span(_Strict):
     stop: Size
     skipped: bool
     features: tuple[Name, ...] = Field(
-        description="Inputs of train_step that stand for a skipped span, one a stream. Of the span that starts at "
-        "block 0: the streams that leave it. Of any other: streams leaving minus streams entering, to be added."
+        description="Inputs of train_step that stand for a skipped span, one a stream: features_START_STOP_STREAM."
+    )
+    replaces: bool = Field(
+        description="Whether the features are streams that leave the span and take the place of those that would enter it; "
+        "else they are streams leaving minus streams entering, to be added."
     )
 
 
@@ -151,7 +158,7 @@ class Batch(_Strict):
     latent_shape: tuple[Size, Size, Size] = Field(description="Channels, height, width.")
     text_tokens: Size
     text_width: Size
-    pooled_width: Size
+    pooled_width: Count = Field(description="0 where the denoiser takes no pooled text.")
 
 
 class Optimizer(_Strict):
@@ -167,14 +174,20 @@ class Optimizer(_Strict):
 
 
 class NoiseSchedule(_Strict):
-    """Rectified flow: noisy latents are (1 - sigma) latents + sigma noise, and the denoiser gives the velocity noise - latents.
+    """Which noise a timestep has: noisy latents are alpha latents + sigma noise.
 
-    Of timestep index i: t = 1 - i / train_timesteps; sigma = shift t / (1 + (shift - 1) t); timestep = sigma train_timesteps.
+    flow_match_euler: of timestep index i, t = 1 - i / train_timesteps, sigma = shift t / (1 + (shift - 1) t), alpha = 1 - sigma
+    and the timestep is sigma train_timesteps. ddpm: of timestep index i, the timestep is t = train_timesteps - 1 - i,
+    alpha = signal[t]^0.5 and sigma = (1 - signal[t])^0.5.
     """
 
-    kind: Literal["flow_match_euler"]
+    kind: Literal["flow_match_euler", "ddpm"]
+    objective: Literal["flow", "epsilon", "v_prediction"] = Field(
+        description="What the denoiser predicts: noise - latents, the noise, or alpha noise - sigma latents."
+    )
     train_timesteps: Size
-    shift: float = Field(gt=0)
+    shift: float = Field(gt=0, description="Of flow_match_euler; else 1.")
+    signal: tuple[Fraction, ...] | None = Field(description="Of ddpm, by timestep: cumulative product of 1 - beta; else null.")
 
 
 class Parameter(_Strict):
@@ -206,7 +219,10 @@ class Lora(_Strict):
 class TextEncoder(_Strict):
     """A text encoder and its tokenizer (a tokenizer.json of the `tokenizers` library). Ids are cut and padded to `tokens`."""
 
-    graph: Name
+    number: Count = Field(description="Its place in the pipeline, at the end of the names that text_join takes.")
+    graphs: tuple[Name, ...] = Field(
+        min_length=1, description="Its parts; each takes what was given and what earlier ones gave."
+    )
     tokenizer: BundlePath
     tokens: Size
     pad_id: Count
@@ -216,6 +232,8 @@ class TextEncoder(_Strict):
 class Vae(_Strict):
     """The encoder gives the mean and deviation of scaled and shifted latents; the decoder takes such latents."""
 
+    encoder: tuple[Name, ...] = Field(min_length=1, description="Its graphs, each taking what earlier ones gave.")
+    decoder: tuple[Name, ...] = Field(min_length=1, description="Likewise.")
     scaling_factor: float
     shift_factor: float
     downscale: Size = Field(description="Image pixels along the side of a latent pixel.")

@@ -38,18 +38,19 @@ class Lowered:
     weight_bytes: int
 
 
-def lower(capture: Capture, part: WeightPart) -> Lowered:
+def lower(capture: Capture, part: WeightPart, *, file: str) -> Lowered:
     """Lower a capture; its weights are stored at first use.
 
     Args:
         capture: left as it is, so that it can be lowered again.
-        part: where the weights come from and go to.
+        part: where the weights come from.
+        file: bundle path for those that no graph used before.
 
     Raises:
         ModelError: an operator has no lowering.
     """
     part.add_derived(capture.derived)
-    builder = Builder(part, _matmul_weights(capture))
+    builder = Builder(part, _matmul_weights(capture), file=file)
     inputs = [_port(spec) for spec in capture.inputs]
     outputs = _emit(capture, builder, inputs)
     graph = ir.Graph(

@@ -42,12 +42,19 @@ class Builder:
         used: the stored weights that the graph reads, by name.
     """
 
-    def __init__(self, part: WeightPart, matmul_weights: frozenset[str]) -> None:
-        """Start empty; `matmul_weights` names the weights that are matrices of multiplications."""
+    def __init__(self, part: WeightPart, matmul_weights: frozenset[str], *, file: str) -> None:
+        """Start empty.
+
+        Args:
+            part: where weights come from.
+            matmul_weights: names of those that are matrices of multiplications.
+            file: bundle path for weights that no graph used before.
+        """
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self.used: dict[str, Stored] = {}
         self._part = part
+        self._file = file
         self._matmul = matmul_weights
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._values = 0
@@ -118,7 +125,7 @@ class Builder:
 
     def _stored(self, name: str) -> Stored:
         if name not in self.used:
-            self.used[name] = self._part.stored(name, matmul=name in self._matmul)
+            self.used[name] = self._part.stored(name, file=self._file, matmul=name in self._matmul)
         return self.used[name]
 
     def _raw(self, stored: Stored, role: str) -> ir.Value:

@@ -64,12 +64,13 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
     index = folder.index | {name: ["transformers", "CLIPTokenizerFast"] for name in ("tokenizer", "tokenizer_2")}
     _write_json(out / "model_index.json", index)
     _write(bundle, out / "transformer", _denoiser(bundle, flat), folder.denoiser_config)
-    decoder = _joined(bundle, [bundle.manifest.graph("vae_decoder")], {"latents": "latent_sample"}, {"pixels": "sample"})
+    manifest = bundle.manifest
+    decoder = _joined(bundle, manifest.named(manifest.vae.decoder), {"latents": "latent_sample"}, {"pixels": "sample"})
     # The graph itself unscales latents.
     _write(bundle, out / "vae_decoder", decoder, folder.vae_config | {"scaling_factor": 1.0, "shift_factor": 0.0})
-    for number, encoder in enumerate(bundle.manifest.text_encoders):
-        name = "text_encoder" if number == 0 else f"text_encoder_{number + 1}"
-        _write(bundle, out / name, _text_encoder(bundle, encoder.graph), _one_layer(folder, name))
+    for encoder in manifest.text_encoders:
+        name = "text_encoder" if encoder.number == 0 else f"text_encoder_{encoder.number + 1}"
+        _write(bundle, out / name, _text_encoder(bundle, manifest.named(encoder.graphs)), _one_layer(folder, name))
 
 
 def _denoiser(bundle: Bundle, flat: NDArray[np.float32]) -> ModelProto:
@@ -77,14 +78,13 @@ def _denoiser(bundle: Bundle, flat: NDArray[np.float32]) -> ModelProto:
     blocks = [manifest.graph("block_forward", block) for block in range(manifest.model.block_count)]
     graphs = [manifest.graph("embed"), *blocks, manifest.graph("head")]
     constants = {f"{graph.name}/parameters": flat[slice(*graph.parameters)] for graph in graphs if graph.parameters is not None}
-    return _joined(bundle, graphs, _DENOISER_INPUTS, {"velocity": "out_hidden_states"}, constants)
+    return _joined(bundle, graphs, _DENOISER_INPUTS, {"prediction": "out_hidden_states"}, constants)
 
 
-def _text_encoder(bundle: Bundle, name: str) -> ModelProto:
+def _text_encoder(bundle: Bundle, graphs: list[Graph]) -> ModelProto:
     """With the outputs that optimum looks for; the pipeline uses the pooled one and the last but one hidden state."""
-    graph = next(graph for graph in bundle.manifest.graphs if graph.name == name)
     outputs = {"pooled": "text_embeds", "hidden": "hidden_states.0"}
-    joined = _joined(bundle, [graph], {"ids": "input_ids"}, outputs)
+    joined = _joined(bundle, graphs, {"ids": "input_ids"}, outputs)
     joined.graph.output.sort(key=lambda port: port.name, reverse=True)  # text_embeds first: pipelines take output 0
     last = joined.graph.output.add()
     last.CopyFrom(next(port for port in joined.graph.output if port.name == "hidden_states.0"))

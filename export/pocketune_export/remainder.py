@@ -19,7 +19,8 @@ from pocketune_export.manifest import TensorSpec
 from pocketune_export.training import Named, spec
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_CLIP, _T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
+_CLIP_POOLED, _CLIP, _T5 = "CLIPTextModelWithProjection", "CLIPTextModel", "T5EncoderModel"
+_KINDS = (_CLIP_POOLED, _CLIP, _T5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class TextSizes:
-    """Of an encoded prompt: tokens, width, width of the pooled vector."""
+    """Of an encoded prompt: tokens, width, width of the pooled vector or 0."""
 
     tokens: int
     width: int
@@ -58,7 +59,7 @@ class TextSizes:
 
 def encoder_numbers(folder: ModelFolder) -> tuple[int, ...]:
     """The text encoders that the model has, by their place in the pipeline."""
-    return tuple(number for number, name in enumerate(_ENCODERS) if (folder.index.get(name) or [None, None])[1] is not None)
+    return tuple(number for number, name in enumerate(_ENCODERS) if folder.has(name))
 
 
 def read_tokenizer(folder: ModelFolder, number: int) -> Tokenizer:
@@ -91,13 +92,13 @@ def text_encoder(folder: ModelFolder, number: int, tokens: int) -> Part:
         ModelError: it is of an unknown class, or cannot be read.
     """
     name, kind = _ENCODERS[number], _class_of(folder, number)
-    if kind not in (_CLIP, _T5):
-        msg = f"{folder.name} has the text encoder {kind}; only {_CLIP} and {_T5} can be exported."
+    if kind not in _KINDS:
+        msg = f"{folder.name} has the text encoder {kind}; only {', '.join(_KINDS)} can be exported."
         raise ModelError(msg)
     model = _load(getattr(transformers, kind), folder.path / name)
 
     def encode(given: Named) -> dict[str, Tensor]:
-        if kind == _T5:
+        if kind != _CLIP_POOLED:
             return {"hidden": model(given["ids"])[0]}
         result = model(given["ids"], output_hidden_states=True)
         return {"hidden": result.hidden_states[-2], "pooled": result[0]}
@@ -108,15 +109,18 @@ def text_encoder(folder: ModelFolder, number: int, tokens: int) -> Part:
 
 
 def text_join(encoders: Mapping[int, Capture], folder: ModelFolder) -> tuple[Capture, TextSizes]:
-    """What makes one prompt of the encoders' results, as diffusers' `StableDiffusion3Pipeline.encode_prompt` does.
+    """What makes one prompt of the encoders' results, as `encode_prompt` of diffusers' pipelines does.
 
-    CLIP's tokens lie side by side, padded to the denoiser's text width; T5's follow, or as many zeros where there is no T5.
+    A single encoder without a pooled vector is taken as it is. Of Stable Diffusion 3, CLIP's tokens lie side by side, padded to
+    the denoiser's text width; T5's follow, or as many zeros where there is no T5.
     """
-    width = int(folder.denoiser_config["joint_attention_dim"])
     clips = [number for number, encoder in encoders.items() if any(out.name == "pooled" for out in encoder.outputs)]
     others = [number for number in encoders if number not in clips]
 
     def join(given: Named) -> dict[str, Tensor]:
+        if not clips:
+            return {"prompt_hidden": given[f"hidden_{others[0]}"]}
+        width = int(folder.denoiser_config["joint_attention_dim"])
         side_by_side = torch.cat([given[f"hidden_{number}"] for number in clips], dim=-1)
         padded = torch.nn.functional.pad(side_by_side, (0, width - side_by_side.shape[-1]))
         rows = [padded, *(given[f"hidden_{number}"] for number in others)]
@@ -134,8 +138,8 @@ def text_join(encoders: Mapping[int, Capture], folder: ModelFolder) -> tuple[Cap
     ]
     meanings = {"prompt_hidden": "encoded text for the denoiser", "prompt_pooled": "pooled text for the denoiser"}
     joined = capture(nn.Module(), join, inputs, meanings)
-    hidden, pooled = (out.shape for out in joined.outputs)
-    return joined, TextSizes(tokens=hidden[1], width=hidden[2], pooled=pooled[1])
+    hidden, *pooled = (out.shape for out in joined.outputs)
+    return joined, TextSizes(tokens=hidden[1], width=hidden[2], pooled=pooled[0][1] if pooled else 0)
 
 
 def vae_parts(vae: AutoencoderKL, *, resolution: int, latents: tuple[int, int, int]) -> Iterator[Part]:

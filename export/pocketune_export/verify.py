@@ -130,7 +130,9 @@ def random_batch(manifest: Manifest, *, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows, train_timesteps = manifest.batch.rows, manifest.noise_schedule.train_timesteps
     sigmas = torch.rand(rows, generator=generator) * 0.98 + 0.01
-    batch = {"sigmas": sigmas, "timesteps": sigmas * train_timesteps}
+    batch = {"sigmas": sigmas, "timesteps": (sigmas * train_timesteps).floor()}
+    if manifest.noise_schedule.objective != "flow":
+        batch["alphas"] = (1 - sigmas**2).sqrt()
     photos, others, weight = manifest.batch.photos, manifest.batch.class_images, float(manifest.recipe["prior_loss_weight"])
     batch["loss_weights"] = torch.tensor([1.0 / photos] * photos + [weight / max(1, others)] * others)
     shapes = {spec.name: spec.shape for spec in _batch_specs(manifest)}
@@ -152,7 +154,9 @@ def as_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> Batch:
         noise=batch["noise"],
         timesteps=batch["timesteps"],
         sigmas=batch["sigmas"],
-        prompt=Prompt(hidden=batch["prompt_hidden"], pooled=batch["prompt_pooled"]),
+        alphas=batch.get("alphas"),
+        objective=manifest.noise_schedule.objective,
+        prompt=Prompt(hidden=batch["prompt_hidden"], pooled=batch.get("prompt_pooled")),
         loss_weights=batch["loss_weights"],
         features=features,
     )
@@ -195,7 +199,7 @@ def eager_model(
     adapter = folder.load_denoiser(dtype=torch.float32, device=torch.device("cpu"), blocks=plan.kept)
     targets = bundle.manifest.lora.targets
     parameters = add_lora(adapter, blocks=plan.kept, rank=recipe.rank, targets=targets, seed=recipe.seed)
-    storages = stored_as(bundle, "transformer.")
+    storages = stored_as(bundle, f"{folder.family.component}.")
     block = bundle.manifest.weights.block
     with torch.no_grad():
         for name, tensor in (*adapter.model.named_parameters(), *adapter.model.named_buffers()):

@@ -95,33 +95,30 @@ class WeightStore:
 
 
 class WeightPart:
-    """The weights of one component of the model: how they are loaded, named and filed."""
+    """The weights of one component of the model: how they are loaded and named."""
 
-    def __init__(self, store: WeightStore, prefix: str, load: Loader, file_of: Callable[[str], str]) -> None:
+    def __init__(self, store: WeightStore, prefix: str, load: Loader) -> None:
         """Use a store.
 
         Args:
             store: shared by all parts.
             prefix: put before every name, as "transformer.".
             load: the tensor of a name.
-            file_of: the bundle path of the file for a name.
 
         Names are those in the model, with a LoRA's ".base_layer".
         """
         self._store = store
         self._prefix = prefix
         self._load = load
-        self._file_of = file_of
         self._derived: dict[str, Derived] = {}
 
     def add_derived(self, derived: Mapping[str, Derived]) -> None:
         """Make weights known that are cut out of others."""
         self._derived |= derived
 
-    def stored(self, name: str, *, matmul: bool) -> Stored:
-        """The stored weight of a name."""
-        base = self._derived[name].base if name in self._derived else name
-        return self._store.put(self._prefix + plain_name(name), self._file_of(base), lambda: self._array(name), matmul=matmul)
+    def stored(self, name: str, *, file: str, matmul: bool) -> Stored:
+        """The stored weight of a name; it goes to `file`, a bundle path, if no graph used it before."""
+        return self._store.put(self._prefix + plain_name(name), file, lambda: self._array(name), matmul=matmul)
 
     def _array(self, name: str) -> NDArray[np.float32]:
         derived = self._derived.get(name)

@@ -46,12 +46,12 @@ class Component:
     Attributes:
         prefix: put before the names of its weights.
         load: a weight by name.
-        file_of: the bundle path of the file for a weight's name.
+        file: bundle path of the file for its weights; those that a block uses first lie in a file of that block.
     """
 
     prefix: str
     load: Callable[[str], Tensor]
-    file_of: Callable[[str], str]
+    file: str
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class BundleWriter:
             ModelError: it cannot be lowered.
         """
         if component.prefix not in self._parts:
-            self._parts[component.prefix] = WeightPart(self._store, component.prefix, component.load, component.file_of)
-        lowered = lower(traced.capture, self._parts[component.prefix])
+            self._parts[component.prefix] = WeightPart(self._store, component.prefix, component.load)
+        file = f"weights/block-{traced.block:02d}.bin" if traced.role == "block_forward" else component.file
+        lowered = lower(traced.capture, self._parts[component.prefix], file=file)
         self.add_file(f"{traced.name}.onnx", lowered.content)
         graph = m.Graph(
             name=traced.name,

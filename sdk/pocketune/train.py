@@ -217,8 +217,12 @@ def descend(parameters: Mapping[str, nn.Parameter], estimate: Estimate, *, learn
 
 
 def loss_of(adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe, batch: Batch) -> Tensor:
-    """The loss that the architecture is trained with, a scalar."""
-    output = predict(adapter, plan, batch, use_residuals=recipe.use_residuals)
+    """The loss of a step, a scalar."""
+    return output_loss(predict(adapter, plan, batch, use_residuals=recipe.use_residuals), recipe, batch)
+
+
+def output_loss(output: Tensor, recipe: Recipe, batch: Batch) -> Tensor:
+    """The loss that the architecture is trained with, a scalar, of the denoiser's output for a batch."""
     if batch.objective == "flow":
         return flow_matching_loss(
             output, batch, weighting_scheme=recipe.weighting_scheme, precondition_outputs=recipe.precondition_outputs

@@ -67,7 +67,10 @@ def make_bundle(folder: Path) -> Path:
             "streams": ["image", "text"],
         },
         "recipe": RECIPE,
-        "plan": {"spans": [{"start": 0, "stop": 1, "skipped": False, "features": []}], "use_residuals": True},
+        "plan": {
+            "spans": [{"start": 0, "stop": 1, "skipped": False, "features": [], "replaces": False}],
+            "use_residuals": True,
+        },
         "batch": {
             "rows": 1,
             "photos": 1,
@@ -96,9 +99,15 @@ def make_bundle(folder: Path) -> Path:
             "epsilon": 1e-8,
             "max_grad_norm": 1.0,
         },
-        "noise_schedule": {"kind": "flow_match_euler", "train_timesteps": 1000, "shift": 3.0},
+        "noise_schedule": {
+            "kind": "flow_match_euler",
+            "objective": "flow",
+            "train_timesteps": 1000,
+            "shift": 3.0,
+            "signal": None,
+        },
         "text_encoders": [],
-        "vae": {"scaling_factor": 0.9, "shift_factor": 0.1, "downscale": 8},
+        "vae": {"encoder": ["head"], "decoder": ["head"], "scaling_factor": 0.9, "shift_factor": 0.1, "downscale": 8},
         "memory": dict.fromkeys(("one_graph_anonymous", "one_graph_mapped", "streaming_anonymous", "streaming_mapped"), 1000),
         "graphs": [
             {

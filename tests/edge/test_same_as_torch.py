@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 1.15])
 def test_schedules_equal_diffusers(shift: float) -> None:
-    noise = NoiseSchedule("flow_match_euler", 1000, shift)
+    noise = NoiseSchedule("flow_match_euler", "flow", 1000, shift, None)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     timesteps, sigmas = schedule(noise)
     assert np.array_equal(timesteps, scheduler.timesteps.numpy())

@@ -4,7 +4,7 @@ import pytest
 
 from pocketune.errors import RecipeError
 from pocketune.recipe import Recipe
-from pocketune_export.exporter import check_exportable
+from pocketune_export.decisions import check_exportable
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""What an export decides from a model and a recipe before anything is captured, and what it refuses."""
+
+from __future__ import annotations
+
+from pocketune.errors import ModelError, PlanError, RecipeError
+from pocketune.models.load import ModelFolder
+from pocketune.recipe import Recipe
+from pocketune.sampling.batches import NoiseSchedule
+from pocketune_export import manifest as m
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Refuse what the runtime on a device does not do.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    reasons = {
+        "method": (recipe.method != "lora", "its graphs train LoRA"),
+        "timestep_low": (recipe.timestep_low != 0, "devices draw from all timesteps"),
+        "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
+        "gradient": (recipe.gradient != "backprop", "its graphs backpropagate"),
+        "patches": (recipe.patches != "none", "devices cut whole squares"),
+        "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
+    }
+    for name, (asked, reason) in reasons.items():
+        if asked:
+            msg = f"a bundle cannot hold {name} = {getattr(recipe, name)!r}: {reason}. Leave {name} out to export."
+            raise RecipeError(msg)
+
+
+def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
+    """The recipe's resolution, or the model's own.
+
+    Raises:
+        PlanError: the model cannot work at it.
+    """
+    side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
+    if side % unit or (largest is not None and side > largest):
+        bound = "" if largest is None else f" up to {largest}"
+        msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
+        raise PlanError(msg)
+    return side
+
+
+def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:
+    """The model's noise schedule.
+
+    Raises:
+        ModelError: it has options that are not in the bundle format.
+    """
+    scheduler = folder.scheduler()
+    config, objective = scheduler.config, NoiseSchedule.of(scheduler).objective
+    odd = [name for name in ("use_dynamic_shifting", "use_karras_sigmas", "invert_sigmas") if config.get(name)]
+    if odd:
+        msg = f"the noise schedule of {folder.name} has {odd[0]}, which a bundle cannot say. Please report this model."
+        raise ModelError(msg)
+    steps = int(config["num_train_timesteps"])
+    if objective == "flow":
+        shift = float(config["shift"])
+        return m.NoiseSchedule(kind="flow_match_euler", objective=objective, train_timesteps=steps, shift=shift, signal=None)
+    signal = tuple(float(share) for share in scheduler.alphas_cumprod)
+    return m.NoiseSchedule(kind="ddpm", objective=objective, train_timesteps=steps, shift=1.0, signal=signal)
