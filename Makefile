@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: install demo test nightly aarch64 optimum table clean
+.PHONY: install demo test nightly aarch64 optimum executorch table clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ nightly: install
 # An emulated board, and optimum, which needs older libraries than ours: the nightly tests use them where they are there.
 aarch64: install
 	PIP="$(BIN)/python -m pip" tests/aarch64/prepare.sh build/aarch64
+
+# Apart from `dev`, because it brings torchao, of which diffusers, transformers and peft make remarks at import.
+executorch: install
+	$(PIP) --editable ".[executorch]"
 
 optimum:
 	$(PYTHON) -m venv build/optimum

@@ -22,3 +22,5 @@ SUM_ORDER = 1e-5
 SCALE_GRADIENT = 1e-5
 # A merged weight against scales applied around the packed one, over six blocks: the same products in another order.
 SCALES_MERGED = 1e-5
+# ExecuTorch's XNNPACK against PyTorch, relative to the largest number: it approximates exponentials.
+EXECUTORCH_RELATIVE = 1e-4
