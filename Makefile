@@ -55,6 +55,7 @@ table: install
 	$(BIN)/python -m benchmarks.quality --table-only
 	$(BIN)/python -m benchmarks.edge_memory --table-only
 	$(BIN)/python -m benchmarks.edge_speed --table-only
+	$(BIN)/python -m benchmarks.memory --table-only
 	$(BIN)/python -m benchmarks.insert_tables
 
 clean:
