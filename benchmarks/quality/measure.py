@@ -44,7 +44,7 @@ def measure(
     Args:
         methods: what to compare.
         subjects: of what.
-        seeds: images for each prompt.
+        seeds: each trains anew and gives one image a prompt.
         painter: makes the images.
         embedder: judges the subject.
         prompt_judge: judges the prompt.

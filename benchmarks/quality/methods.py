@@ -127,7 +127,7 @@ class Painter(Protocol):
 
 
 class PocketunePainter:
-    """Trains with `pocketune.personalize`, each subject and method once, and samples with `pocketune.sample.generate`."""
+    """Trains with `pocketune.personalize`, each subject, method and seed once, and samples with `pocketune.sample.generate`."""
 
     def __init__(self, model: str, recipe: dict[str, Any], work: Path) -> None:
         """Name the model, the recipe's changes from the defaults, and the folder for photos and runs."""
@@ -142,7 +142,7 @@ class PocketunePainter:
             return [render(asked_scene(subject.toy, prompt, seed * 1000 + i)) for i, prompt in enumerate(prompts)]
         texts = tuple(prompt.text for prompt in prompts)
         if method.source == "lora":
-            return self._generate(texts, seed, self._trained(method, subject))
+            return self._generate(texts, seed, self._trained(method, subject, seed))
         # Without training nothing depends on the subject but the prompts, which rendered subjects share.
         if (texts, seed) not in self._untrained:
             self._untrained[texts, seed] = self._generate(texts, seed, None)
@@ -161,15 +161,15 @@ class PocketunePainter:
             guidance=defaults.guidance_scale,
         )
 
-    def _trained(self, method: Method, subject: BoothSubject) -> Path:
+    def _trained(self, method: Method, subject: BoothSubject, seed: int) -> Path:
         import pocketune
         from pocketune import tuning
 
-        run = self._work / method.name / subject.name
+        run = self._work / method.name / f"{subject.name}-{seed}"
         weights = run / tuning.METHODS[method.changes.get("method", "lora")].result
         if (run / "run.json").exists() and weights.exists():
             return weights
-        recipe = Recipe.create(**subject_recipe(subject, self._recipe), **method.changes)
+        recipe = Recipe.create(**subject_recipe(subject, self._recipe), **method.changes, seed=seed)
         pocketune.personalize(
             save_photos(subject, self._work / "photos" / subject.name),
             model=self._model,

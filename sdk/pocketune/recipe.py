@@ -215,7 +215,8 @@ class Recipe(BaseModel):
             return cls(**values)
         except ValidationError as error:
             faults = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+                f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ').rstrip('.')}"
+                for e in error.errors()
             )
             msg = f"the recipe is not valid: {faults}. `pocketune personalize --help` lists the fields."
             raise RecipeError(msg) from error

@@ -183,7 +183,8 @@ def test_small_steps_descend(tiny_model: ModelFolder) -> None:
     adapter, parameters, batch = case(tiny_model, NO_SKIP)
     recipe = RECIPE.model_copy(update={"zo_learning_rate": 1e-4, "zo_queries": 4})
     tuned_lora = Tuned(parameters=parameters, owner=adapter.model)
-    losses = [zeroth_order_step(adapter, tuned_lora, NO_SKIP, recipe, batch, step=step) for step in range(20)]
+    optimizer = new_optimizer(parameters, recipe)
+    losses = [zeroth_order_step(adapter, tuned_lora, NO_SKIP, recipe, batch, optimizer, step=step) for step in range(20)]
     assert losses[-1] < losses[0]
 
 

@@ -96,8 +96,8 @@ def test_pools_follow_one_another_and_are_replayed_within() -> None:
 
 
 def test_refreshing_a_whole_pool_draws_what_one_pool_would() -> None:
-    plain = Recipe.create(instance_prompt="x", steps=8, batch_size=2)
-    refreshed = Recipe.create(instance_prompt="x", steps=8, batch_size=2, refresh_every=3)
+    plain = Recipe.create(instance_prompt="x", skip="0", steps=8, batch_size=2)
+    refreshed = plain.model_copy(update={"refresh_every": 3})
     draws = [draw_samples(recipe, [(9, 9)] * 3, kind="instance") for recipe in (plain, refreshed)]
     assert draws[0] == draws[1]
     assert step_draws(plain, draws[0], draws[0]) == step_draws(refreshed, draws[1], draws[1])
