@@ -345,7 +345,7 @@ def test_training_gets_the_methods_recipe_and_is_done_once(tmp_path, monkeypatch
     trained = []
 
     def personalize(photos, *, model, recipe, out, resume):
-        trained.append((recipe.skip, recipe.use_residuals, recipe.steps, len(photos), resume))
+        trained.append((recipe.skip, recipe.use_residuals, recipe.steps, recipe.seed, len(photos), resume))
         (out / "lora").mkdir(parents=True)
         (out / "lora" / "pytorch_lora_weights.safetensors").touch()
         (out / "run.json").touch()
@@ -357,11 +357,12 @@ def test_training_gets_the_methods_recipe_and_is_done_once(tmp_path, monkeypatch
     )
     painter = PocketunePainter("m", {"steps": 7}, tmp_path)
     subject = pocket_subjects(1)[0]
-    for name in ("lora", "skip50", "skip50-no-residuals", "skip50"):
-        painter.paint(METHODS[name], subject, subject.prompts, 0)
-    assert trained == [("none", True, 7, 4, False), ("auto", True, 7, 4, False), ("auto", False, 7, 4, False)]
-    assert len(set(loras)) == 3
-    assert loras[1] == loras[3] == tmp_path / "skip50" / "toy00" / "lora" / "pytorch_lora_weights.safetensors"
+    for name, seed in (("lora", 0), ("skip50", 0), ("skip50-no-residuals", 0), ("skip50", 0), ("skip50", 1)):
+        painter.paint(METHODS[name], subject, subject.prompts, seed)
+    assert [asked[:2] for asked in trained] == [("none", True), ("auto", True), ("auto", False), ("auto", True)]
+    assert [asked[2:] for asked in trained] == [(7, 0, 4, False)] * 3 + [(7, 1, 4, False)]
+    assert len(set(loras)) == 4
+    assert loras[1] == loras[3] == tmp_path / "skip50" / "toy00-0" / "lora" / "pytorch_lora_weights.safetensors"
 
 
 PROMPTS = """Classes
