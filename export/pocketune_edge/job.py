@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,13 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pocketune.allocator import return_freed_memory, trim
+from pocketune.allocator import return_freed_memory
 from pocketune.atomic import replacing, write_text
-from pocketune.errors import Interrupted, NoEffectError, RunError
+from pocketune.errors import Interrupted, NoEffectError
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.photos import Photo, load_photos
 from pocketune.progress import OnProgress, Progress, ignore
+from pocketune.runfolder import run_folder
 from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
+from pocketune.watch import Watch
 from pocketune_edge.batches import BatchMaker, encode_crops
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.cache import FeatureCache
@@ -52,14 +52,12 @@ class Job:
     run: Path
     streaming: bool
     threads: int | None
-    memory: MemoryLog
-    on_progress: OnProgress
-    seconds: dict[str, float] = field(default_factory=dict)
+    watch: Watch
     step_cpu_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str, *, resumable: bool = False, keep: bool = True) -> Iterator[Sessions]:
-        """Time a phase, mark it in the memory log, and close its graphs at its end.
+        """Watch a phase, and close its graphs at its end.
 
         Args:
             name: of the phase.
@@ -69,27 +67,17 @@ class Job:
         Raises:
             Interrupted: on Ctrl-C in a phase whose work is kept.
         """
-        self.memory.phase(name)
-        self.tell(name, 0, 0, "step")
-        began = time.monotonic()
-        sessions = Sessions(self.bundle, keep=keep and not self.streaming, threads=self.threads)
-        try:
-            yield sessions
-        except KeyboardInterrupt as error:
-            if not resumable:
-                raise
-            msg = f"stopped while making {name}; what is done is kept. Give the same command with --resume to go on."
-            raise Interrupted(msg) from error
-        finally:
-            sessions.close()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            gc.collect()
-            trim()
-
-    def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
-        """Report progress with the memory of this moment."""
-        rss = read_memory().rss_bytes
-        self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
+        with self.watch.phase(name):
+            sessions = Sessions(self.bundle, keep=keep and not self.streaming, threads=self.threads)
+            try:
+                yield sessions
+            except KeyboardInterrupt as error:
+                if not resumable:
+                    raise
+                msg = f"stopped while making {name}; what is done is kept. Give the same command with --resume to go on."
+                raise Interrupted(msg) from error
+            finally:
+                sessions.close()
 
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""
@@ -118,7 +106,7 @@ class Job:
                     steps=self.settings.sample_steps,
                     guidance=self.settings.guidance_scale,
                     parameters=np.zeros(self.bundle.manifest.lora.flat_elements, np.float32),
-                    on_step=lambda done, total: self.tell("class images", done, total, "step"),
+                    on_step=lambda done, total: self.watch.tell("class images", done, total, "step"),
                 )
                 for number, image in zip(missing, images, strict=True):
                     with replacing(paths[number]) as partial:
@@ -142,7 +130,7 @@ class Job:
                 sessions,
                 images,
                 (*draws, *class_draws),
-                on_crop=lambda done, total: self.tell("latents", done, total, "photo"),
+                on_crop=lambda done, total: self.watch.tell("latents", done, total, "photo"),
             )
         make_batch = BatchMaker(manifest, posteriors, prompts, prior_loss_weight=self.settings.prior_loss_weight)
         return step_draws(self.settings, draws, class_draws), make_batch
@@ -163,7 +151,7 @@ class Job:
                 batches,
                 make_batch,
                 cache,
-                on_sample=lambda done, total: self.tell("features", done, total, "sample"),
+                on_sample=lambda done, total: self.watch.tell("features", done, total, "sample"),
             )
         return cache
 
@@ -180,7 +168,7 @@ class Job:
         def tell(done: int, total: int, loss: float) -> None:
             nonlocal began
             self.step_cpu_seconds.append(time.process_time() - began)
-            self.tell("training", done, total, "step", loss)
+            self.watch.tell("training", done, total, "step", loss)
             began = time.process_time()
 
         with self.phase("training") as sessions:
@@ -241,12 +229,12 @@ def personalize(
         memory.phase("bundle")
         opened = open_bundle(bundle, on_bytes=lambda done, total: _tell_bytes(on_progress, done, total))
         settings, recipe = settings_of(opened.manifest, changes or {})
-        job = Job(opened, settings, run, streaming, threads, memory, on_progress)
+        job = Job(opened, settings, run, streaming, threads, Watch(memory, on_progress))
         with job.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         hashes = [photo.sha256 for photo in pictures]
         identity = fingerprint(opened.manifest, recipe, hashes)
-        with _run_folder(run, resume=resume, identity=identity):
+        with run_folder(run, resume=resume, fingerprint=identity):
             prompts = job.encode_prompts()
             batches, make_batch = job.prepare_samples(pictures, job.make_class_images(), prompts)
             cache = job.fill_cache(batches, make_batch, hash_of({"run": identity, "bundle": _content(opened)}))
@@ -260,7 +248,7 @@ def personalize(
                 "losses": state.losses,
                 "feature_cache_bytes": cache.size_bytes if cache else 0,
                 "peaks": {name: asdict(reading) for name, reading in memory.peaks().items()},
-                "seconds": job.seconds,
+                "seconds": job.watch.seconds,
                 "step_cpu_seconds": job.step_cpu_seconds,
                 "photos": [photo.name for photo in pictures],
                 "versions": {name: version(name) for name in _LIBRARIES},
@@ -278,37 +266,3 @@ def _content(bundle: Bundle) -> list[list[str]]:
 def _tell_bytes(on_progress: OnProgress, done: int, total: int) -> None:
     rss = read_memory().rss_bytes
     on_progress(Progress(phase="bundle", done=-(-done // 10**6), total=-(-total // 10**6), unit="megabyte", rss_bytes=rss))
-
-
-@contextmanager
-def _run_folder(run: Path, *, resume: bool, identity: str) -> Iterator[None]:
-    """Make RUN, or take up an interrupted one, as PyTorch's side does; a new RUN that fails early is removed again."""
-    job_file = run / "job.json"
-    existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
-    if existed and not resume:
-        msg = f"{run} exists already. Choose another --out, or go on with --resume."
-        raise RunError(msg)
-    if resume and not job_file.is_file():
-        msg = f"{run} holds no interrupted run to resume. Start one without --resume."
-        raise RunError(msg)
-    if resume and _identity(job_file) != identity:
-        msg = f"{run} was started with another recipe, model or photos. Resume with the same ones, or choose another --out."
-        raise RunError(msg)
-    if not resume:
-        write_text(job_file, json.dumps({"fingerprint": identity}) + "\n")
-    try:
-        yield
-    except BaseException as error:
-        worth_keeping = isinstance(error, Interrupted) or any((run / "checkpoints").glob("*.safetensors"))
-        if not existed and not resume and not worth_keeping:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
-
-
-def _identity(job_file: Path) -> Any:
-    try:
-        found = json.loads(job_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"cannot read {job_file} ({error}). Choose another --out."
-        raise RunError(msg) from error
-    return found.get("fingerprint") if isinstance(found, dict) else None

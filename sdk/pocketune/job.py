@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,20 +12,27 @@ import torch
 from PIL import Image
 
 from pocketune.allocator import return_freed_memory
-from pocketune.atomic import replacing, write_text
+from pocketune.atomic import replacing
 from pocketune.checkpoint import CheckpointFolder
-from pocketune.errors import Interrupted, RecipeError, RunError
+from pocketune.errors import RecipeError
 from pocketune.features.cache import cache_key
 from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
-from pocketune.phases import Phases, photo_hashes
+from pocketune.phases.features import fill_cache, photo_hashes
+from pocketune.phases.inputs import draw, encode, encode_prompts
+from pocketune.phases.pictures import make_class_images, sample_pairs
+from pocketune.phases.planning import check_resolution, plan_blocks
+from pocketune.phases.state import Job
+from pocketune.phases.training import train_and_save
 from pocketune.photos import Photo, load_photos
 from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
+from pocketune.runfolder import run_folder
 from pocketune.sample import default_device
 from pocketune.sampling.draws import Kind, refresh_periods
+from pocketune.watch import Watch
 
 MAX_PHOTO_SIDE = 2048
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -75,31 +79,31 @@ def personalize(
     with MemoryLog() as memory:
         folder = open_model(model)
         recipe = folder.family.complete(recipe)
-        job = Phases(recipe, folder, run, torch.device(device or default_device()), memory, on_progress)
-        with job.phase("photos"):
+        job = Job(recipe, folder, run, torch.device(device or default_device()), Watch(memory, on_progress))
+        with job.watch.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
-        job.check_resolution()
-        plan = job.plan_blocks()
+        check_resolution(job)
+        plan = plan_blocks(job)
         fingerprint = cache_key(
             {"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(pictures)}
         )
-        with _run_folder(run, resume=resume, fingerprint=fingerprint):
-            prompts = job.encode_prompts()
+        with run_folder(run, resume=resume, fingerprint=fingerprint):
+            prompts = encode_prompts(job)
             images: dict[Kind, Sequence[Image.Image]] = {
                 "instance": [photo.image for photo in pictures],
-                "class": job.make_class_images(),
+                "class": make_class_images(job),
             }
-            batches = job.draw(images)
+            batches = draw(job, images)
             root = Path(features) if features else run / "features"
             checkpoints = CheckpointFolder(run / "checkpoints", fingerprint=fingerprint)
             for steps in refresh_periods(recipe):
                 if steps.stop <= checkpoints.newest_step and steps.stop < recipe.steps:
                     continue  # trained before the run was stopped; its features may be gone
                 period = batches[steps.start : steps.stop]
-                make_batch = job.encode(images, period, prompts)
-                cache = job.fill_cache(plan, period, make_batch, prompts, root, pictures)
-                losses, norms = job.train(plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
-            pairs, change = job.sample_pairs()
+                make_batch = encode(job, images, period, prompts)
+                cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures)
+                losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
+            pairs, change = sample_pairs(job)
             record = RunRecord(
                 model=job.folder.source,
                 model_kind=job.folder.denoiser_kind,
@@ -109,7 +113,7 @@ def personalize(
                 losses=losses,
                 memory=memory.rows,
                 peaks=memory.peaks(),
-                seconds=dict(job.seconds),
+                seconds=dict(job.watch.seconds),
                 photos=tuple(photo.name for photo in pictures),
                 samples=pairs,
                 check=CheckResult(nonzero=any(norms.values()), loads=True, image_change=change, norms=norms),
@@ -119,31 +123,6 @@ def personalize(
             _save_thumbnails(pictures, run / "photos")
             write_report(record, run)
     return record
-
-
-@contextmanager
-def _run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
-    """Make RUN, or take up an interrupted one; a new RUN that fails before its first checkpoint is removed again."""
-    job_file = run / "job.json"
-    existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
-    if existed and not resume:
-        msg = f"{run} exists already. Choose another --out, or go on with --resume."
-        raise RunError(msg)
-    if resume and not job_file.exists():
-        msg = f"{run} holds no interrupted run to resume. Start one without --resume."
-        raise RunError(msg)
-    if resume and json.loads(job_file.read_text(encoding="utf-8")).get("fingerprint") != fingerprint:
-        msg = f"{run} was started with another recipe, model or photos. Resume with the same ones, or choose another --out."
-        raise RunError(msg)
-    if not resume:
-        write_text(job_file, json.dumps({"fingerprint": fingerprint}) + "\n")
-    try:
-        yield
-    except BaseException as error:
-        worth_keeping = isinstance(error, Interrupted) or any((run / "checkpoints").glob("*.safetensors"))
-        if not existed and not worth_keeping:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
 
 
 def _save_thumbnails(pictures: Sequence[Photo], folder: Path) -> None:

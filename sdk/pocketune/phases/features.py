@@ -1,0 +1,93 @@
+"""The pass that stores what skipped blocks contribute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pocketune.errors import Interrupted
+from pocketune.features.cache import FeatureCache, cache_key, remove_other_caches
+from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
+from pocketune.models.base import Prompt
+from pocketune.phases.state import Job
+from pocketune.photos import Photo
+from pocketune.plan.blocks import BlockPlan
+from pocketune.sampling.batches import BatchMaker
+from pocketune.sampling.draws import Draw, Kind
+
+
+def fill_cache(
+    job: Job,
+    plan: BlockPlan,
+    batches: Sequence[Sequence[Draw]],
+    make_batch: BatchMaker,
+    prompts: dict[Kind, Prompt],
+    root: Path,
+    pictures: Sequence[Photo],
+) -> FeatureCache | None:
+    """Run the frozen model over the draws of some steps and store what skipped spans contribute.
+
+    Where the pool is refreshed, what earlier steps needed is removed first.
+    """
+    if not plan.skipped or not job.recipe.use_residuals:
+        return None
+    cache_dtype: torch.dtype = getattr(torch, job.recipe.cache_dtype)
+    distinct = {key_of(draw): draw.low for draws in batches for draw in draws}
+    low = sum(distinct.values())
+    needed = sum(
+        predicted_bytes(
+            job.folder,
+            plan,
+            side=side,
+            text_tokens=prompts["instance"].hidden.shape[1],
+            draws=count,
+            dtype=cache_dtype,
+        )
+        for count, side in ((len(distinct) - low, job.patches.smallest), (low, job.low_resolution))
+        if count
+    )
+    check_bound(needed, limit_mb=job.recipe.cache_limit_mb, draws=len(distinct))
+    key = cache_key(
+        {
+            "model": job.folder.fingerprint(),
+            "photos": photo_hashes(pictures),
+            "prompts": [job.recipe.instance_prompt, job.recipe.class_prompt, job.recipe.class_images],
+            "skipped": plan.skipped,
+            "draws": [[draw.as_dict() for draw in draws] for draws in batches],
+            "resolution": [job.patches.smallest, job.low_resolution],
+            "dtypes": [
+                job.recipe.dtype,
+                job.recipe.cache_dtype,
+                job.recipe.weights,
+                job.recipe.weight_bits,
+                job.recipe.quantizer,
+            ],
+        }
+    )
+    if job.recipe.refresh_every:
+        remove_other_caches(root, keep=key)
+    cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
+    with job.watch.phase("features"):
+        adapter = job.denoiser(range(plan.skipped_spans[-1].stop))
+        try:
+            precompute(
+                adapter,
+                plan,
+                batches,
+                make_batch,
+                cache,
+                on_sample=lambda done, total: job.watch.tell("features", done, total, "sample"),
+            )
+        except KeyboardInterrupt as error:
+            msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
+            raise Interrupted(msg) from error
+        del adapter
+    job.cache_bytes, job.cache_error = max(job.cache_bytes, cache.size_bytes), cache.relative_error
+    return cache
+
+
+def photo_hashes(pictures: Sequence[Photo]) -> list[str]:
+    """The sha256 of each photo's file."""
+    return [photo.sha256 for photo in pictures]

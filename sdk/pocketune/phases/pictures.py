@@ -1,0 +1,91 @@
+"""Pictures: those of the class beforehand, and those before and after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pocketune.atomic import replacing
+from pocketune.errors import NoEffectError
+from pocketune.phases.state import Job
+from pocketune.record import SamplePair
+from pocketune.sample import run_pipeline
+
+SAMPLE_SEED = 1000
+
+
+def make_class_images(job: Job) -> list[Image.Image]:
+    """Pictures of the class by the base model, kept in RUN/class_images for a resumed run."""
+    prompt, count = job.recipe.class_prompt, job.recipe.class_images
+    if prompt is None:
+        return []
+    paths = [job.run / "class_images" / f"{number:03d}.png" for number in range(count)]
+    with job.watch.phase("class images"):
+        if not all(path.exists() for path in paths):
+            images = run_pipeline(
+                job.pipeline(),
+                job.folder,
+                [prompt] * count,
+                seeds=[job.recipe.seed + number for number in range(count)],
+                steps=job.recipe.sample_steps,
+                guidance=job.recipe.guidance_scale,
+                resolution=job.resolution,
+                batch=job.sampling_batch,
+                on_image=lambda done, total: job.watch.tell("class images", done, total, "image"),
+            )
+            for image, path in zip(images, paths, strict=True):
+                _save_png(image, path)
+        return [Image.open(path).convert("RGB") for path in paths]
+
+
+def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
+    """Same-seed images without and with the result, and how much it changes them (mean absolute difference, 0 to 1)."""
+    prompts = job.recipe.sample_prompts or _default_prompts(job.recipe.instance_prompt)
+    seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
+    with job.watch.phase("samples"):
+        pipeline = job.pipeline()
+        total = 2 * len(prompts)
+
+        def render(already: int) -> list[Image.Image]:
+            return run_pipeline(
+                pipeline,
+                job.folder,
+                prompts,
+                seeds=seeds,
+                steps=job.recipe.sample_steps,
+                guidance=job.recipe.guidance_scale,
+                resolution=job.resolution,
+                batch=job.sampling_batch,
+                on_image=lambda done, _: job.watch.tell("samples", already + done, total, "image"),
+            )
+
+        before = render(0)
+        job.method.check(pipeline, job.run / job.method.result, job.folder)
+        after = render(len(prompts))
+    change = float(np.mean([_difference(a, b) for a, b in zip(before, after, strict=True)]))
+    if change == 0.0:
+        msg = "the result loads but changes no image. Train for more steps or with a higher learning_rate."
+        raise NoEffectError(msg)
+    pairs = []
+    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        names = [Path("samples") / f"{number:02d}-{when}.png" for when in ("before", "after")]
+        _save_png(before[number], job.run / names[0])
+        _save_png(after[number], job.run / names[1])
+        pairs.append(SamplePair(prompt=prompt, seed=seed, before=names[0], after=names[1]))
+    return tuple(pairs), change
+
+
+def _default_prompts(instance_prompt: str) -> tuple[str, ...]:
+    return tuple(f"{instance_prompt}{where}" for where in ("", " on grass", " at the beach", " in snow"))
+
+
+def _difference(first: Image.Image, second: Image.Image) -> float:
+    a, b = np.asarray(first, dtype=np.float32), np.asarray(second, dtype=np.float32)
+    return float(np.abs(a - b).mean() / 255)
+
+
+def _save_png(image: Image.Image, path: Path) -> None:
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")

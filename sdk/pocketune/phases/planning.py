@@ -1,0 +1,44 @@
+"""What is decided before anything is loaded: resolution, patches, and the blocks that are skipped."""
+
+from __future__ import annotations
+
+from pocketune.errors import PlanError
+from pocketune.models.base import SkipConnected
+from pocketune.phases.state import Job
+from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.select import SELECTION_FILE, selection_of
+from pocketune.plan.skipping import plan_for
+
+
+def check_resolution(job: Job) -> None:
+    """Refuse a resolution that the model cannot work at, and patches that do not fit it."""
+    unit, largest = job.folder.resolution_unit, job.folder.largest_resolution
+    if job.resolution % unit or job.resolution > (largest or job.resolution):
+        nearest = max(unit, round(job.resolution / unit) * unit)
+        nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
+        msg = (
+            f"resolution {job.resolution} does not fit {job.folder.name}: expected a multiple of {unit}{bound}. "
+            f"Try --resolution {nearest}."
+        )
+        raise PlanError(msg)
+    _ = job.patches
+    if job.recipe.gradient == "mixed" and (job.low_resolution % unit or job.low_resolution >= job.patches.smallest):
+        msg = (
+            f"low_resolution {job.low_resolution} does not fit: expected a multiple of {unit} below that of the "
+            f"training images, {job.patches.smallest}. Leave low_resolution out to take half."
+        )
+        raise PlanError(msg)
+
+
+def plan_blocks(job: Job) -> BlockPlan:
+    """Which blocks are skipped; refuses what makes no sense for the architecture."""
+    adapter = job.folder.empty_denoiser()
+    selection = selection_of(job.folder) if job.recipe.skip.startswith("auto") else None
+    plan = plan_for(adapter, job.recipe.skip, use_residuals=job.recipe.use_residuals, selection=selection)
+    if job.recipe.skip.startswith("auto") and not isinstance(adapter, SkipConnected):
+        job.chosen_by = (
+            f"masking text in this model ({SELECTION_FILE})"
+            if selection
+            else f"the proportions found for FLUX; no {SELECTION_FILE} of these weights lies in the model's folder"
+        )
+    return plan

@@ -1,0 +1,163 @@
+"""What the phases of one personalization share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketune.methods.base import TuningMethod
+from pocketune.methods.scales import quantization_of
+from pocketune.models.base import DenoiserAdapter
+from pocketune.models.load import ModelFolder
+from pocketune.plan.blocks import BlockPlan
+from pocketune.recipe import Recipe
+from pocketune.sample import BATCH
+from pocketune.sampling.batches import CropKey, NoiseSchedule, Posterior
+from pocketune.sampling.choices import Choice
+from pocketune.sampling.draws import refresh_periods
+from pocketune.sampling.patches import Patches, patches_of
+from pocketune.tuning import METHODS
+from pocketune.watch import Watch
+from pocketune.weights.fill import RESIDENT, Residence
+
+
+@dataclass
+class Job:
+    """One personalization under way.
+
+    Attributes:
+        recipe: what is asked, complete.
+        folder: the model.
+        run: the RUN folder.
+        device: where the arithmetic is done.
+        watch: times phases and reports progress.
+        trained_parameters: how many numbers train.
+        chosen_by: who chose the blocks that are skipped, for the report.
+        choices: of each step of mixed training, how its gradient is had.
+        posteriors: latents of the crops that are in use.
+        cache_bytes: of the largest feature cache so far.
+        cache_error: what storing changed in the last one, relative.
+    """
+
+    recipe: Recipe
+    folder: ModelFolder
+    run: Path
+    device: torch.device
+    watch: Watch
+    trained_parameters: int = 0
+    chosen_by: str = "the recipe"
+    choices: tuple[Choice, ...] = ()
+    posteriors: dict[CropKey, Posterior] = field(default_factory=dict)
+    cache_bytes: int = 0
+    cache_error: float = 0.0
+
+    @property
+    def resolution(self) -> int:
+        """Side, in pixels, of sampled images and, unless patches are asked for, of the training images."""
+        return self.recipe.resolution or self.folder.native_resolution
+
+    @cached_property
+    def patches(self) -> Patches:
+        """What each draw sees of its photo; `smallest` is the side of the training images."""
+        return patches_of(
+            self.recipe,
+            resolution=self.resolution,
+            unit=self.folder.resolution_unit,
+            noise=NoiseSchedule.of(self.folder.scheduler()).shares(),
+        )
+
+    @property
+    def method(self) -> TuningMethod:
+        """What is tuned."""
+        return METHODS[self.recipe.method]
+
+    @property
+    def low_resolution(self) -> int:
+        """Side of the images that mixed training backpropagates on."""
+        unit = self.folder.resolution_unit
+        return self.recipe.low_resolution or max(unit, self.patches.smallest // 2 // unit * unit)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights and of the arithmetic."""
+        return getattr(torch, self.recipe.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def residence(self) -> Residence:
+        """Where the denoiser's frozen weights are."""
+        if self.recipe.weights == "resident":
+            return RESIDENT
+        return Residence(streamed=True, bits=self.recipe.weight_bits)
+
+    @property
+    def parts_residence(self) -> Residence:
+        """Where the weights of text encoders and VAE are; they are not packed."""
+        return Residence(streamed=self.recipe.weights == "streamed")
+
+    @property
+    def sampling_batch(self) -> int:
+        """Images sampled at a time."""
+        return 1 if self.parts_residence.streamed else BATCH
+
+    @property
+    def latent_side(self) -> int | None:
+        """The only size that training works at; None where there are two."""
+        return None if self.recipe.gradient == "mixed" else self.patches.smallest // self.folder.vae_scale
+
+    def denoiser(self, blocks: Collection[int]) -> DenoiserAdapter:
+        """The denoiser with some of its blocks, as the recipe wants its weights held."""
+        return self.folder.load_denoiser(
+            dtype=self.dtype,
+            device=self.device,
+            blocks=blocks,
+            weights=self.residence,
+            quantization=quantization_of(self.recipe),
+            latent_side=self.latent_side,
+        )
+
+    def pipeline(self) -> Any:
+        """The whole pipeline, for sampling."""
+        return self.folder.pipeline(
+            dtype=self.dtype,
+            device=self.device,
+            weights=self.parts_residence,
+            latent_side=self.resolution // self.folder.vae_scale,
+            tile=self.recipe.vae_tile,
+        )
+
+    def describe(self, plan: BlockPlan) -> dict[str, Any]:
+        """The plan as plain data for the report."""
+        mixed: dict[str, Any] = {}
+        if self.choices:
+            taken = [choice.as_dict() for choice in self.choices]
+            mixed = {
+                "low_resolution": self.low_resolution,
+                "zeroth_order_steps": sum(choice.zeroth_order for choice in self.choices),
+                "choices": taken,
+            }
+        return {
+            "blocks": plan.block_count,
+            "skipped": plan.describe(),
+            "chosen_by": self.chosen_by,
+            "trained_blocks": list(plan.kept),
+            "trained_parameters": self.trained_parameters,
+            "residuals": bool(plan.skipped) and self.recipe.use_residuals,
+            "feature_cache_bytes": self.cache_bytes,
+            "feature_cache_error": self.cache_error,
+            "feature_pools": len(refresh_periods(self.recipe)),
+            "resolution": self.patches.smallest,
+            "patches": self.patches.describe(),
+            "method": self.recipe.method,
+            "gradient": self.recipe.gradient,
+            "device": str(self.device),
+            "dtype": self.recipe.dtype,
+            "weights": self.recipe.weights,
+            "weight_bits": self.recipe.weight_bits,
+            "activations": self.recipe.activations,
+            **mixed,
+        }

@@ -1,0 +1,40 @@
+"""What every phase of a job does besides its work: it is timed, its memory is logged, and it says how far it is."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pocketune.allocator import trim
+from pocketune.memory import MemoryLog, read_memory
+from pocketune.progress import OnProgress, Progress
+
+
+@dataclass
+class Watch:
+    """A job's clock and memory log. `seconds`: of each phase that has ended, by name."""
+
+    memory: MemoryLog
+    on_progress: OnProgress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase, mark it in the memory log, and return memory to the system at its end."""
+        self.memory.phase(name)
+        self.tell(name, 0, 0, "step")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            gc.collect()
+            trim()
+
+    def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
+        """Report progress with the memory of this moment."""
+        rss = read_memory().rss_bytes
+        self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
