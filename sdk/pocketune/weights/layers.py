@@ -9,6 +9,7 @@ Backward keeps the layer's input and nothing else: the product that the gradient
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pocketune.errors import PlanError
+from pocketune.weights.frozen import absent, convolution_back
 from pocketune.weights.quant import Packed, unpack
 
 TILE_VALUES = 2**21
@@ -46,7 +48,7 @@ class Scales(nn.Module):
         return output
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(nn.Module, ABC):
     """What packed Linears and convolutions share. `bits`: of a code; `scales`: those to choose from, if any train."""
 
     codes: Tensor
@@ -93,13 +95,13 @@ class PackedLayer(nn.Module):
         weight = weight * scales.s_out.detach().view(-1, 1, *sides)
         return weight if scales.s_in is None else weight * scales.s_in.detach().view(1, -1, *sides)
 
+    @abstractmethod
     def multiply(self, inputs: Tensor, tile: Tensor) -> Tensor:
         """The product of an input with some rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply_back(self, gradient: Tensor, tile: Tensor, shape: Sequence[int]) -> Tensor:
         """The share of the input's gradient that some rows give; shape: of the input."""
-        raise NotImplementedError
 
     def product(self, inputs: Tensor) -> Tensor:
         """The layer's output without bias, with the scales that are selected for each sample.
@@ -126,7 +128,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         """Stand in for a Linear, with its bias; dtype: what others are told that the weight has."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
-        self.weight, self.bias = _absent(like.weight.shape, dtype=dtype, device=packed.codes.device), like.bias
+        self.weight, self.bias = absent(like.weight.shape, dtype=dtype, device=packed.codes.device), like.bias
         self.hold(packed, columns=like.in_features, kernel=())
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
@@ -151,7 +153,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         nn.Module.__init__(self)
         for name in like.__constants__:
             setattr(self, name, getattr(like, name))
-        self.weight, self.bias = _absent(like.weight.shape, dtype=dtype, device=packed.codes.device), like.bias
+        self.weight, self.bias = absent(like.weight.shape, dtype=dtype, device=packed.codes.device), like.bias
         self.hold(packed, columns=like.in_channels, kernel=like.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name for it
@@ -165,20 +167,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def multiply_back(self, gradient: Tensor, tile: Tensor, shape: Sequence[int]) -> Tensor:
         """The convolution's transpose."""
-        back, _, _ = torch.ops.aten.convolution_backward(
-            gradient,
-            gradient.new_empty(1).expand(shape),  # its values do not matter
-            tile,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            (0, 0),
-            1,
-            (True, False, False),
-        )
-        return back  # type: ignore[no-any-return]
+        return convolution_back(self, gradient, tile, gradient.new_empty(1).expand(shape))
 
 
 class _Product(torch.autograd.Function):
@@ -225,9 +214,3 @@ def _along(scales: Tensor, layer: PackedLayer, like: Tensor) -> Tensor:
 def _sum(values: Tensor, channels: int) -> Tensor:
     """The float32 sum over all but the channels."""
     return values.float().flatten(0, -2).sum(0) if channels == -1 else values.float().sum((0, 2, 3))
-
-
-def _absent(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """What stands for the weight: of its shape, a single value in memory, and not a number if someone uses it."""
-    value = torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device)
-    return nn.Parameter(value.expand(shape), requires_grad=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pocketune.errors import ModelError
+from pocketune.weights.frozen import absent, convolution_back
 from pocketune.weights.matrix import Matrix
 from pocketune.weights.prefetch import Prefetcher
 from pocketune.weights.store import WeightStore
@@ -77,7 +78,7 @@ class StreamedLinear(nn.Linear):
             like: it gives the sizes, and its bias, which is held in memory.
             matrix: its weight.
             tiles: the shared buffer.
-            weight: what stands for the weight in memory, see `_absent`.
+            weight: what stands for the weight in memory, see `absent`.
         """
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
@@ -134,25 +135,14 @@ class StreamedConv2d(nn.Conv2d):
         layout = torch.channels_last if _channels_last(like) else torch.contiguous_format
         parts = []
         for columns, tile in self._tiles.columns(self._matrix, gradient):
-            part, _, _ = torch.ops.aten.convolution_backward(
-                gradient,
-                torch.empty(
-                    (like.shape[0], len(columns), *like.shape[2:]),
-                    dtype=gradient.dtype,
-                    device=gradient.device,
-                    memory_format=layout,
-                ),
-                tile.view(self.out_channels, len(columns), *self.kernel_size),
-                None,
-                self.stride,
-                self.padding,
-                self.dilation,
-                False,
-                (0, 0),
-                1,
-                (True, False, False),
+            part = torch.empty(
+                (like.shape[0], len(columns), *like.shape[2:]),
+                dtype=gradient.dtype,
+                device=gradient.device,
+                memory_format=layout,
             )
-            parts.append(part)
+            weight = tile.view(self.out_channels, len(columns), *self.kernel_size)
+            parts.append(convolution_back(self, gradient, weight, part))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -260,7 +250,7 @@ def stream(
             )
             raise ModelError(msg)
         matrix = store.matrix(stored_name(name))
-        weight = _absent(layer.weight.shape, dtype=dtype, device=device)
+        weight = absent(layer.weight.shape, dtype=dtype, device=device)
         new: nn.Module
         if type(layer) is nn.Linear:
             new = StreamedLinear(layer, matrix, tiles, weight)
@@ -289,9 +279,3 @@ def _streams(layer: nn.Module) -> bool:
         usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
         return layer.weight.numel() >= SMALLEST_STREAMED and usual
     return False
-
-
-def _absent(shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """What stands for a weight that is on disk: of its shape, a single value in memory, and not a number if someone uses it."""
-    value = torch.full((1,) * len(shape), torch.nan, dtype=dtype, device=device)
-    return nn.Parameter(value.expand(shape), requires_grad=False)
