@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from pocketune_edge.errors import BundleError
-from pocketune_edge.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, SEAL_FILE, Graph, Manifest, read_manifest
+from pocketune_edge.manifest import Graph, Manifest
 from pocketune_edge.onnxfile import GraphFile, move_weights, read_graph_file
+from pocketune_edge.reading import MAX_MANIFEST_BYTES, read_manifest
 from pocketune_edge.storage import Archive, Place, Storage, open_storage
 from pocketune_edge.wire import WireError
+from pocketune_export.agreement import MANIFEST_FILE, SEAL_FILE
 
 MAX_GRAPH_BYTES = 2**30
 _CHUNK = 2**20

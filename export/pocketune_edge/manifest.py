@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pocketune_edge.errors import BundleError
-from pocketune_edge.strict import MisfitError, Rule, read
-from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
-
-SCHEMA_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-SEAL_FILE = "manifest.sha256"
-MAX_MANIFEST_BYTES = 32 * 2**20
-MAX_ELEMENTS = 2**40
-
-Role = Literal[
-    "train_step",
-    "embed",
-    "block_forward",
-    "block_vjp",
-    "head",
-    "head_loss",
-    "adamw",
-    "text_encoder",
-    "text_join",
-    "vae_encoder",
-    "vae_decoder",
-]
+from pocketune_edge.strict import Rule
+from pocketune_export.agreement import MAX_ELEMENTS, Role, path_fault
 
 
 @dataclass(frozen=True)
@@ -40,11 +18,7 @@ class PathRule(Rule):
 
     def complaint(self, value: Any) -> str | None:
         """Why a path is refused, or None."""
-        parts = value.split("/")
-        plain = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,120}", part) and set(part) != {"."} for part in parts)
-        if plain and len(parts) <= 4 and len(value) <= 300:
-            return None
-        return f"the path {value[:80]!r} leaves the bundle or is not plain"
+        return path_fault(value)
 
 
 Count = Annotated[int, Rule(low=0, high=MAX_ELEMENTS)]
@@ -286,49 +260,3 @@ class Manifest:
                 return graph
         msg = f"the bundle has no graph {role}{'' if block is None else f' of block {block}'}. Export it again."
         raise BundleError(msg)
-
-
-def read_manifest(content: bytes, where: str) -> Manifest:
-    """Check and read a manifest.
-
-    Args:
-        content: of `manifest.json`.
-        where: how messages name the bundle.
-
-    Raises:
-        BundleError: it is no manifest, of a newer schema, or contradicts itself.
-    """
-    if len(content) > MAX_MANIFEST_BYTES:
-        msg = f"{where} has a manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read. It is not a bundle."
-        raise BundleError(msg)
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        msg = f"{where} has a damaged manifest ({str(error)[:100]}). Copy or export the bundle again."
-        raise BundleError(msg) from error
-    schema = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(schema, int) and schema > SCHEMA_VERSION:
-        msg = f"{where} has schema version {schema}; this Pocketune reads up to {SCHEMA_VERSION}. Update Pocketune."
-        raise BundleError(msg)
-    try:
-        manifest = read(Manifest, raw)
-    except MisfitError as error:
-        msg = f"{where} has an invalid manifest: {str(error)[:300]}. Copy or export the bundle again."
-        raise BundleError(msg) from error
-    for fault in _faults(manifest):
-        msg = f"{where} has a manifest that contradicts itself: {fault[:300]}. Copy or export the bundle again."
-        raise BundleError(msg)
-    return manifest
-
-
-def _faults(manifest: Any) -> list[str]:
-    """What contradicts itself, by the exporter's own rules, which read attributes only."""
-    faults = [*plan_faults(manifest), *parameter_faults(manifest.lora), *graph_faults(manifest)]
-    for graph in manifest.graphs:
-        specs = (*graph.inputs, *graph.outputs)
-        if len({spec.name for spec in specs}) != len(specs):
-            faults.append(f"graph {graph.name} has two inputs or outputs of one name")
-        faults += [
-            f"graph {graph.name} claims an impossible shape for {spec.name}" for spec in specs if spec.elements > MAX_ELEMENTS
-        ]
-    return faults

@@ -1,14 +1,52 @@
-"""What must hold between the parts of a manifest; each rule yields a complaint for every breach."""
+"""What exporter and device must agree on: names of files and roles, bounds, and what must hold between a manifest's parts.
+
+Nothing here imports anything but the standard library. Each rule yields a complaint for every breach.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from pocketune_export.manifest import Lora, Manifest
+    from pocketune_export.manifest import Graph, Lora, Manifest
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+SEAL_FILE = "manifest.sha256"
+MAX_ELEMENTS = 2**40
+"""Of a tensor, and the largest count anywhere."""
+MAX_PATH_CHARACTERS = 300
+
+Role = Literal[
+    "train_step",
+    "embed",
+    "block_forward",
+    "block_vjp",
+    "head",
+    "head_loss",
+    "adamw",
+    "text_encoder",
+    "text_join",
+    "vae_encoder",
+    "vae_decoder",
+]
 
 _FLAT = frozenset({"parameters", "exp_avg", "exp_avg_sq", "gradients", "new_parameters", "new_exp_avg", "new_exp_avg_sq"})
+
+
+def path_fault(path: str) -> str | None:
+    """Why a path does not name a file inside the bundle on every system, or None.
+
+    It must be relative, of at most four parts of the characters A-Z a-z 0-9 . _ and -, none of them only dots.
+    """
+    parts = path.split("/")
+    plain = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,120}", part) and set(part) != {"."} for part in parts)
+    if plain and len(parts) <= 4 and len(path) <= MAX_PATH_CHARACTERS:
+        return None
+    return f"the path {path[:80]!r} leaves the bundle or is not plain"
 
 
 def plan_faults(manifest: Manifest) -> Iterable[str]:
@@ -40,6 +78,16 @@ def parameter_faults(lora: Lora) -> Iterable[str]:
         yield f"the flat vector claims {lora.flat_elements} elements, its parameters have {position}"
     if len({parameter.name for parameter in lora.parameters}) != len(lora.parameters):
         yield "two parameters have one name"
+
+
+def tensor_faults(graph: Graph) -> Iterable[str]:
+    """Inputs and outputs have names of their own and shapes that can be."""
+    specs = (*graph.inputs, *graph.outputs)
+    if len({spec.name for spec in specs}) != len(specs):
+        yield f"graph {graph.name} has two inputs or outputs of one name"
+    for spec in specs:
+        if math.prod(spec.shape) > MAX_ELEMENTS:
+            yield f"graph {graph.name} claims an impossible shape for {spec.name}"
 
 
 def graph_faults(manifest: Manifest) -> Iterable[str]:

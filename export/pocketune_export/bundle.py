@@ -15,7 +15,8 @@ from typing import IO
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
-from pocketune_export.manifest import MANIFEST_FILE, SEAL_FILE, File, Manifest
+from pocketune_export.agreement import MANIFEST_FILE, SEAL_FILE
+from pocketune_export.manifest import File, Manifest
 from pocketune_export.weights import ALIGNMENT
 
 ARCHIVE_SUFFIX = ".ptb"

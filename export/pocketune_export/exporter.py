@@ -26,6 +26,7 @@ from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
 from pocketune_export import manifest as m
+from pocketune_export.agreement import Role
 from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
@@ -250,7 +251,7 @@ class _Export:
             writer.add_file(LORA_PATH, content)
         return {name: adapter.model.get_parameter(name) for name in parameters}
 
-    def _add_parts(self, part: Part, role: m.Role, *, first: int = 0) -> tuple[str, ...]:
+    def _add_parts(self, part: Part, role: Role, *, first: int = 0) -> tuple[str, ...]:
         """Add a component in parts that run one after the other; the names of their graphs."""
         component = Component(f"{part.name}.", part.load, f"weights/{part.name}.bin")
         names = []

@@ -1,38 +1,28 @@
 """The manifest of a bundle: what the device must know, as strict models; `docs/bundle.md` shows the format on one screen.
 
 Nothing here imports torch or onnx. Reading is strict: unknown fields, wrong types, numbers out of range, paths that leave the
-bundle and parts that contradict each other are refused; `reading.py` makes a `FileFormatError` of that.
+bundle and parts that contradict each other are refused.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pocketune.errors import FileFormatError
-from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
+from pocketune_export.agreement import (
+    MAX_ELEMENTS,
+    MAX_PATH_CHARACTERS,
+    Role,
+    graph_faults,
+    parameter_faults,
+    path_fault,
+    plan_faults,
+    tensor_faults,
+)
 
-SCHEMA_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-SEAL_FILE = "manifest.sha256"
-MAX_ELEMENTS = 2**40
-
-Role = Literal[
-    "train_step",
-    "embed",
-    "block_forward",
-    "block_vjp",
-    "head",
-    "head_loss",
-    "adamw",
-    "text_encoder",
-    "text_join",
-    "vae_encoder",
-    "vae_decoder",
-]
 Dtype = Literal["float32", "int64"]
 Count = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
 Size = Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
@@ -45,17 +35,15 @@ def checked_path(path: str) -> str:
     """Return a bundle path as it is, if it names a file inside the bundle on every system.
 
     Raises:
-        ValueError: it is absolute, has "." or ".." parts, or characters outside A-Z a-z 0-9 . _ - and "/".
+        ValueError: it does not.
     """
-    parts = path.split("/")
-    plain = all(re.fullmatch(r"[A-Za-z0-9_.-]{1,120}", part) and set(part) != {"."} for part in parts)
-    if not plain or len(parts) > 4:
-        msg = f"the path {path[:80]!r} leaves the bundle or is not plain"
-        raise ValueError(msg)
+    fault = path_fault(path)
+    if fault:
+        raise ValueError(fault)
     return path
 
 
-BundlePath = Annotated[str, Field(max_length=300), AfterValidator(checked_path)]
+BundlePath = Annotated[str, Field(max_length=MAX_PATH_CHARACTERS), AfterValidator(checked_path)]
 
 
 class _Strict(BaseModel):
@@ -99,15 +87,9 @@ class Graph(_Strict):
     activation_bytes: Count = Field(description="Planned peak of its intermediate results, when run in graph order.")
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> Self:
-        names = [spec.name for spec in (*self.inputs, *self.outputs)]
-        if len(set(names)) != len(names):
-            msg = f"graph {self.name} has two inputs or outputs of one name"
-            raise ValueError(msg)
-        huge = [spec.name for spec in (*self.inputs, *self.outputs) if spec.elements > MAX_ELEMENTS]
-        if huge:
-            msg = f"graph {self.name} claims an impossible shape for {huge[0]}"
-            raise ValueError(msg)
+    def _tensors_can_be(self) -> Self:
+        for complaint in tensor_faults(self):
+            raise ValueError(complaint)
         return self
 
 

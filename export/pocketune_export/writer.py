@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pocketune_export import manifest as m
+from pocketune_export.agreement import Role
 from pocketune_export.bundle import describe_file, seal
 from pocketune_export.capture import Capture
 from pocketune_export.onnx import lower
@@ -33,7 +34,7 @@ class Traced:
     """
 
     name: str
-    role: m.Role
+    role: Role
     block: int | None
     parameters: tuple[int, int] | None
     capture: Capture

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.errors import BundleError
-from pocketune_edge.manifest import read_manifest
+from pocketune_edge.reading import read_manifest
 from pocketune_edge.session import Session
 from pocketune_export.manifest import Manifest
 from tests.edge.handmade import TOKENS, WIDTH, head_graph, make_bundle, pack, read_manifest_json, seal
