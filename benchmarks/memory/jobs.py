@@ -21,7 +21,9 @@ class Job:
         skip: blocks, as a recipe names them.
         settings: further fields of the recipe.
         whole: run all phases of a personalization, not training alone.
+        inference: run the model forward without training, to compare with.
         compared: what others need for it, and where that figure comes from.
+        bound_mb: what the peak must not exceed, in MB of 1e6 bytes; None: nothing is promised.
     """
 
     title: str
@@ -31,7 +33,14 @@ class Job:
     skip: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
+    inference: bool = False
     compared: str = ""
+    bound_mb: int | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that decides what is measured."""
+        return {name: value for name, value in vars(self).items() if name not in ("title", "compared", "bound_mb")}
 
 
 _FLUX_ATTENTION = (
@@ -44,9 +53,12 @@ _FLUX_ATTENTION = (
     "attn.add_v_proj",
     "attn.to_add_out",
 )
+_RECOMPUTED: dict[str, Any] = LOW | {"activations": "recomputed"}
+_PAPER = "DiT-BlockSkip's paper, GPU"
 _SD35: dict[str, Any] = {"model": "sd35-medium", "text_tokens": 333}
 _SD15: dict[str, Any] = {"model": "sd15", "text_tokens": 77, "resolution": 512}
-_FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512, "resolution": 256}
+_FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512}
+_FLUX_LOW: dict[str, Any] = LOW | {"lora_targets": _FLUX_ATTENTION}
 
 JOBS: dict[str, Job] = {
     "sd35-512": Job(
@@ -54,10 +66,26 @@ JOBS: dict[str, Job] = {
         resolution=512,
         settings=LOW,
         compared="peft with gradient checkpointing: 6188 MB",
+        bound_mb=850,
         **_SD35,
     ),
+    "sd35-512-half": Job(
+        title="SD3.5-medium, 512 px, 12 of 24 blocks skipped", resolution=512, skip="0-7,20-23", settings=LOW, **_SD35
+    ),
+    "sd35-256": Job(title="SD3.5-medium, 256 px, all blocks", resolution=256, settings=LOW, **_SD35),
+    "sd35-256-skip30": Job(
+        title="SD3.5-medium, 256 px, 7 of 24 blocks skipped", resolution=256, skip="0-2,20-23", settings=LOW, **_SD35
+    ),
+    "sd35-256-skip40": Job(
+        title="SD3.5-medium, 256 px, 10 of 24 blocks skipped", resolution=256, skip="0-5,20-23", settings=LOW, **_SD35
+    ),
     "sd35-256-half": Job(
-        title="SD3.5-medium, 256 px, 12 of 24 blocks skipped", resolution=256, skip="0-7,20-23", settings=LOW, **_SD35
+        title="SD3.5-medium, 256 px, 12 of 24 blocks skipped",
+        resolution=256,
+        skip="0-7,20-23",
+        settings=LOW,
+        bound_mb=600,
+        **_SD35,
     ),
     "sd35-512-exact": Job(
         title="SD3.5-medium, 512 px, all blocks, gradients clipped together",
@@ -66,9 +94,13 @@ JOBS: dict[str, Job] = {
         **_SD35,
     ),
     "sd35-512-ram": Job(
-        title="SD3.5-medium, 512 px, all blocks, activations in memory",
-        resolution=512,
-        settings=LOW | {"activations": "recomputed"},
+        title="SD3.5-medium, 512 px, all blocks, activations in memory", resolution=512, settings=_RECOMPUTED, **_SD35
+    ),
+    "sd35-256-half-ram": Job(
+        title="SD3.5-medium, 256 px, 12 of 24 blocks skipped, activations in memory",
+        resolution=256,
+        skip="0-7,20-23",
+        settings=_RECOMPUTED,
         **_SD35,
     ),
     "sd35-256-half-resident": Job(
@@ -86,31 +118,60 @@ JOBS: dict[str, Job] = {
         whole=True,
         **_SD35,
     ),
+    "flux-512": Job(
+        title="FLUX.1, 512 px, all 57 blocks",
+        resolution=512,
+        settings=_FLUX_LOW,
+        compared=f"{_PAPER}, LoRA: 35.99 GiB",
+        **_FLUX,
+    ),
+    "flux-512-half": Job(
+        title="FLUX.1, 512 px, first 19 and last 10 blocks skipped",
+        resolution=512,
+        skip="0-18,47-56",
+        settings=_FLUX_LOW,
+        compared=f"{_PAPER}, skip alone: 12.85 GiB",
+        **_FLUX,
+    ),
     "flux-256": Job(
         title="FLUX.1, 256 px, all 57 blocks",
-        settings=LOW | {"lora_targets": _FLUX_ATTENTION},
-        compared="LoRA at 512 px, GPU: 35.99 GiB",
+        resolution=256,
+        settings=_FLUX_LOW,
+        compared=f"{_PAPER}, patches alone: 30.48 GiB",
+        bound_mb=1300,
+        **_FLUX,
+    ),
+    "flux-256-skip30": Job(
+        title="FLUX.1, 256 px, first 7 and last 10 blocks skipped",
+        resolution=256,
+        skip="0-6,47-56",
+        settings=_FLUX_LOW,
+        compared=f"{_PAPER}: 20.78 GiB",
+        **_FLUX,
+    ),
+    "flux-256-skip40": Job(
+        title="FLUX.1, 256 px, first 13 and last 10 blocks skipped",
+        resolution=256,
+        skip="0-12,47-56",
+        settings=_FLUX_LOW,
         **_FLUX,
     ),
     "flux-256-skip": Job(
         title="FLUX.1, 256 px, first 19 and last 10 blocks skipped",
+        resolution=256,
         skip="0-18,47-56",
-        settings=LOW | {"lora_targets": _FLUX_ATTENTION},
-        compared="DiT-BlockSkip, GPU: 10.42 GiB",
+        settings=_FLUX_LOW,
+        compared=f"{_PAPER}: 10.42 GiB",
+        bound_mb=1000,
         **_FLUX,
     ),
-    "sd15-512": Job(
-        title="SD1.5, 512 px, all layers",
-        model="sd15",
-        text_tokens=77,
-        resolution=512,
-        settings=LOW,
-        compared="SimpleTuner, GPU: 1.98 GiB",
-    ),
+    "sd15-512": Job(title="SD1.5, 512 px, all layers", settings=LOW, compared="SimpleTuner, GPU: 1.98 GiB", **_SD15),
+    "sd15-512-ram": Job(title="SD1.5, 512 px, all layers, activations in memory", settings=_RECOMPUTED, **_SD15),
     "sd15-512-tuneqdm8": Job(
         title="SD1.5, 512 px, TuneQDM over 8-bit weights in memory",
         settings={"method": "scales", "weight_bits": 8, "activations": "recomputed"},
         compared="the released code, GPU: 8.96 GB",
+        bound_mb=800,
         **_SD15,
     ),
     "sd15-512-tuneqdm4": Job(
@@ -122,6 +183,12 @@ JOBS: dict[str, Job] = {
         title="SD1.5, 512 px, LoRA by zeroth order over 8-bit weights in memory",
         settings={"gradient": "zeroth_order", "weight_bits": 8},
         compared="ZOODiP, one word, GPU: 2.37 GB",
+        **_SD15,
+    ),
+    "sd15-512-inference8": Job(
+        title="SD1.5, 512 px, inference over 8-bit weights in memory",
+        settings={"weight_bits": 8},
+        inference=True,
         **_SD15,
     ),
     "sd35-512-tuneqdm8": Job(
@@ -136,6 +203,13 @@ JOBS: dict[str, Job] = {
         settings={"gradient": "zeroth_order", "weights": "streamed"},
         **_SD35,
     ),
+    "sd35-512-inference": Job(
+        title="SD3.5-medium, 512 px, inference, weights streamed",
+        resolution=512,
+        settings={"weights": "streamed"},
+        inference=True,
+        **_SD35,
+    ),
     "sdxl-1024": Job(
         title="SDXL, 1024 px, all layers",
         model="sdxl",
@@ -143,5 +217,6 @@ JOBS: dict[str, Job] = {
         resolution=1024,
         settings=LOW,
         compared="SimpleTuner, GPU: 6.5 GiB",
+        bound_mb=1500,
     ),
 }

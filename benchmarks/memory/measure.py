@@ -25,7 +25,7 @@ from pocketune.recipe import Recipe
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
 from pocketune.scratch import Scratch
-from pocketune.step import Batch
+from pocketune.step import Batch, predict
 from pocketune.train import train
 from pocketune.tuning import METHODS
 from pocketune.weights.fill import RESIDENT, Residence
@@ -34,15 +34,14 @@ RANK = 16
 
 
 def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
-    """Train for some steps on random latents and text, and say what it took.
+    """Train for some steps on random latents and text, or run the model forward so many times, and say what it took.
 
     Text encoders and the autoencoder are not loaded: their phases lie before. Libraries and interpreter are counted.
     """
     recipe = Recipe.create(
         instance_prompt=job.title, rank=RANK, steps=steps, checkpoint_every=steps, skip=job.skip, **job.settings
     )
-    saving = recipe.weights == "streamed" or recipe.activations != "kept"
-    allocator = name_allocator() + (", freed memory returned" if saving and return_freed_memory() else "")
+    allocator = name_allocator() + (", freed memory returned" if recipe.saves_memory and return_freed_memory() else "")
     model = ModelFolder(job.model, folder)
     floor = read_peak_rss() or 0
     with MemoryLog(interval_s=0.02) as memory, tempfile.TemporaryDirectory(dir=folder) as work:
@@ -57,30 +56,16 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
             quantization=quantization_of(recipe),
             latent_side=side,
         )
-        tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
-        memory.phase("training")
-        scratch = Scratch(Path(work)) if recipe.activations == "on_disk" else None
-        marks = [(time.process_time(), time.monotonic())]
-        losses = train(
-            adapter,
-            tuned,
-            plan,
-            recipe,
-            [()] * steps,
-            cast(BatchMaker, _RandomBatches(model, adapter, plan, side=side, text_tokens=job.text_tokens)),
-            cache=None,
-            checkpoints=CheckpointFolder(Path(work), fingerprint=""),
-            scratch=scratch,
-            on_step=lambda *_: marks.append((time.process_time(), time.monotonic())),
-        )
-        spilled = 0 if scratch is None else scratch.written_bytes // steps
+        batches = RandomBatches(model, adapter, plan, side=side, text_tokens=job.text_tokens)
+        marks: list[tuple[float, float]] = []
+        run = _infer if job.inference else _train
+        found = run(adapter, model, plan, recipe, batches, memory=memory, work=Path(work), marks=marks)
     peaks = memory.peaks()
     spans = list(zip(marks[1:], marks[:-1], strict=True))
     return {
         **identity_of(name, job),
-        "trained_parameters": sum(parameter.numel() for parameter in tuned.parameters.values()),
+        **found,
         "steps": steps,
-        "finite": all(torch.isfinite(torch.tensor(losses)).tolist()),
         "peak_rss_bytes": read_peak_rss(),
         "peak_anonymous_bytes": max(reading.anonymous_bytes for reading in peaks.values()),
         "peak_file_bytes": max(reading.file_bytes for reading in peaks.values()),
@@ -88,18 +73,77 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
         "loading_rss_bytes": peaks["loading"].rss_bytes,
         "cpu_s_per_step": [round(a[0] - b[0], 2) for a, b in spans],
         "wall_s_per_step": [round(a[1] - b[1], 2) for a, b in spans],
-        "spilled_bytes_per_step": spilled,
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "torch": torch.__version__,
     }
 
 
+def _train(
+    adapter: DenoiserAdapter,
+    model: ModelFolder,
+    plan: BlockPlan,
+    recipe: Recipe,
+    batches: RandomBatches,
+    *,
+    memory: MemoryLog,
+    work: Path,
+    marks: list[tuple[float, float]],
+) -> Row:
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
+    memory.phase("training")
+    scratch = Scratch(work) if recipe.activations == "on_disk" else None
+    marks.append(_now())
+    losses = train(
+        adapter,
+        tuned,
+        plan,
+        recipe,
+        [()] * recipe.steps,
+        cast(BatchMaker, batches),
+        cache=None,
+        checkpoints=CheckpointFolder(work, fingerprint=""),
+        scratch=scratch,
+        on_step=lambda *_: marks.append(_now()),
+    )
+    return {
+        "trained_parameters": sum(parameter.numel() for parameter in tuned.parameters.values()),
+        "finite": all(torch.isfinite(torch.tensor(losses)).tolist()),
+        "spilled_bytes_per_step": 0 if scratch is None else scratch.written_bytes // recipe.steps,
+    }
+
+
+@torch.no_grad()
+def _infer(
+    adapter: DenoiserAdapter,
+    model: ModelFolder,  # noqa: ARG001 - as of _train
+    plan: BlockPlan,
+    recipe: Recipe,
+    batches: RandomBatches,
+    *,
+    memory: MemoryLog,
+    work: Path,  # noqa: ARG001
+    marks: list[tuple[float, float]],
+) -> Row:
+    memory.phase("inference")
+    marks.append(_now())
+    finite = True
+    for _ in range(recipe.steps):
+        finite = finite and bool(torch.isfinite(predict(adapter, plan, batches(()))).all())
+        marks.append(_now())
+    return {"trained_parameters": 0, "finite": finite, "spilled_bytes_per_step": 0}
+
+
+def _now() -> tuple[float, float]:
+    """CPU seconds of the process, and seconds of the wall's clock."""
+    return time.process_time(), time.monotonic()
+
+
 def identity_of(name: str, job: Job) -> Row:
     """What was asked, and a hash of it."""
     return {
         "job": name,
-        "settings": hashlib.sha256(repr((job, RANK)).encode()).hexdigest()[:8],
+        "settings": hashlib.sha256(repr((job.asked, RANK)).encode()).hexdigest()[:8],
         "title": job.title,
         "compared": job.compared,
         "recipe": {key: value for key, value in job.settings.items() if key != "lora_targets"},
@@ -108,7 +152,7 @@ def identity_of(name: str, job: Job) -> Row:
     }
 
 
-class _RandomBatches:
+class RandomBatches:
     """Stands for a `BatchMaker`: random tensors in the shapes of a job, with features of the skipped spans."""
 
     device = torch.device("cpu")
@@ -120,6 +164,7 @@ class _RandomBatches:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, draws: Sequence[Draw], features: Any = None) -> Batch:  # noqa: ARG002 - all is random here
+        """The inputs of a step, with features of the skipped spans."""
         config, flow = self._model.denoiser_config, self._model.family.flow_matching
         width = config.get("joint_attention_dim") or config.get("cross_attention_dim") or config["caption_channels"]
         pooled = config.get("pooled_projection_dim")

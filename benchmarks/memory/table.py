@@ -8,8 +8,8 @@ from benchmarks.memory.jobs import JOBS
 from benchmarks.rows import Row
 
 _HEAD = (
-    "| job | peak MB | anonymous MB | file-backed MB | CPU s a step | scratch file MB a step | compared |",
-    "|---|---|---|---|---|---|---|",
+    "| job | peak MB | promised MB | anonymous MB | file-backed MB | CPU s a step | scratch file MB a step | compared |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -35,6 +35,7 @@ def memory_table(rows: Sequence[Row]) -> str:
         cells = [
             row["title"],
             _mb(row["peak_rss_bytes"]),
+            str(JOBS[name].bound_mb or "-") if name in JOBS else "-",
             _mb(row["peak_anonymous_bytes"]),
             _mb(row["peak_file_bytes"]),
             f"{row['cpu_s_per_step'][-1]:.1f}" if "cpu_s_per_step" in row else "-",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from pocketune.display import ProgressDisplay, print_facts, print_lines, printable
 from pocketune.errors import Interrupted, PocketuneError, RecipeError, RunError
+from pocketune.lean import without_scipy
 from pocketune.progress import Progress
 from pocketune.recipe import Recipe
 from pocketune.record import RunRecord
@@ -110,7 +111,7 @@ def personalize(
     }
     with clear_errors(run=out):
         settings = _recipe(recipe, asked)
-        run_job = _import_personalize()
+        run_job = _import_personalize(settings)
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
             record = run_job(photos, recipe=settings, out=out, model=model, resume=resume, on_progress=display)
     if as_json:
@@ -267,8 +268,8 @@ def clear_errors(*, run: Path | None = None) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
-def _import_personalize() -> Callable[..., RunRecord]:
-    with needing_extra("train"):
+def _import_personalize(recipe: Recipe) -> Callable[..., RunRecord]:
+    with needing_extra("train"), without_scipy() if recipe.saves_memory else nullcontext():
         from pocketune.job import personalize as run_job
     return run_job
 

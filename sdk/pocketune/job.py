@@ -73,7 +73,7 @@ def personalize(
         msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
         raise RecipeError(msg)
     run = Path(out)
-    if recipe.weights == "streamed" or recipe.activations != "kept":
+    if recipe.saves_memory:
         return_freed_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with MemoryLog() as memory:

@@ -204,6 +204,12 @@ class Recipe(BaseModel):
             raise ValueError(msg)
         return self
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether weights, activations or gradients are kept small, so that what else lies in memory matters."""
+        small_weights = self.weights == "streamed" or self.weight_bits is not None
+        return small_weights or self.activations != "kept" or self.gradient == "zeroth_order"
+
     @classmethod
     def create(cls, **values: Any) -> Self:
         """Validate values given by a person.

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import streaming_cost
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.jobs import JOBS, LOW, Job
 from benchmarks.memory.measure import RANK, measure
 from benchmarks.memory.table import memory_table
 from benchmarks.memory.weights import write_random
 from benchmarks.memory.whole import measure_whole
-from benchmarks.rows import append_row
+from benchmarks.rows import append_row, read_rows
 from pocketune.models.load import PUBLISHED
 from pocketune.recipe import Recipe
 from pocketune.tensorfile import open_tensor_file
@@ -77,3 +78,33 @@ def test_table_takes_the_newest_row_of_each_job(tmp_path: Path) -> None:
     assert [line.split("|")[2].strip() for line in lines[1:]] == ["800", "1200"]
     assert "| 7.2 |" in lines[1]
     assert memory_table([]) == ""
+
+
+def test_inference_runs_the_model_forward_and_trains_nothing(tiny_folder: Path) -> None:
+    settings = {"weights": "streamed"}
+    job = Job(title="tiny", model="tiny", resolution=64, text_tokens=20, settings=settings, inference=True)
+    found = measure("tiny", job, tiny_folder, steps=2)
+    assert found["finite"] and found["trained_parameters"] == 0 and len(found["cpu_s_per_step"]) == 2
+
+
+def test_the_cost_of_streaming_is_measured_in_turns(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "cost.jsonl"
+    streaming_cost.measure(tiny_folder, resolution=64, skip="0-1,5", rounds=1, out=rows, text_tokens=20)
+    cold, warm = read_rows(rows)
+    assert cold["cold"] and not warm["cold"]
+    assert warm["cpu_s"].keys() == warm["wall_s"].keys() == set(streaming_cost.TURNS)
+    assert min(warm["cpu_s"].values()) > 0
+
+
+def test_cost_table_takes_medians_of_the_warm_rounds_of_the_newest_run() -> None:
+    of = {"model": "m", "resolution": 256, "threads": 1, "torch": "2", "allocator": "glibc", "wall_s": {}}
+    of["wall_s"] = dict.fromkeys(streaming_cost.TURNS, 30.0)
+    seconds = [(9, 9, 9), (1, 9, 9), (9, 9, 9), (4, 5, 10), (4, 4, 10), (4, 6, 10)]
+    rows = [
+        {**of, "cold": number in (0, 2), "cpu_s": dict(zip(streaming_cost.TURNS, some, strict=True))}
+        for number, some in enumerate(seconds)
+    ]
+    table = streaming_cost.cost_table(rows)
+    assert "in memory | 4.0 | 9.0 | 30 |" in table
+    assert "1.25 times" in table and "all: 0.50." in table
+    assert streaming_cost.cost_table([]) == ""

@@ -68,7 +68,7 @@ class FakeJob:
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob()
-    monkeypatch.setattr(cli, "_import_personalize", lambda: fake)
+    monkeypatch.setattr(cli, "_import_personalize", lambda _: fake)
     return fake
 
 
