@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pocketune.errors import CacheError
-from pocketune_edge import cache as cache_module
+from pocketune.features import shards
 from pocketune_edge.cache import FeatureCache, from_bfloat16, to_bfloat16
 
 
@@ -17,7 +17,7 @@ def features(seed: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_what_is_put_comes_back(tmp_path: Path, bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 250)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 250)
     cache = FeatureCache(tmp_path / "c", bfloat16=bfloat16)
     for draw in (1, 11, 2):
         assert draw not in cache
@@ -45,7 +45,7 @@ def test_only_finished_shards_survive(tmp_path: Path) -> None:
         again.get(2)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "escape"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "escape", "other draw", "older index"])
 def test_damage_is_noticed(tmp_path: Path, damage: str) -> None:
     cache = FeatureCache(tmp_path / "c", bfloat16=False)
     cache.put(1, features(1))
@@ -60,6 +60,10 @@ def test_damage_is_noticed(tmp_path: Path, damage: str) -> None:
         shard.unlink()
     elif damage == "index":
         index.write_text("[1]")
+    elif damage == "other draw":
+        index.write_text(index.read_text().replace('"1":', '"2":'))
+    elif damage == "older index":
+        index.write_text(index.read_text().replace('"sums"', '"squared"'))
     else:
         shard.rename(tmp_path / "shard-0000.safetensors")
         index.write_text(index.read_text().replace("shard-0000", "../shard-0000"))
