@@ -15,14 +15,15 @@ from diffusers import (
 )
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from pocketune.errors import ModelError
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
-from pocketune.models.family import Config, Family, Sizes, fixed_length
+from pocketune.models.base import Context, Prompt, Streams, TextAttention
+from pocketune.models.family import Family, fixed_length
+from pocketune.models.transformer import TransformerAdapter, sizes, unpatchify
 
 
-class PixArtAdapter:
+class PixArtAdapter(TransformerAdapter):
     """`PixArtTransformer2DModel` as its blocks, with one stream; the head gives noise and, behind it, a learned variance."""
 
     stream_names: tuple[str, ...] = ("image",)
@@ -53,26 +54,7 @@ class PixArtAdapter:
                 "adapter. Use PixArt-Sigma."
             )
             raise ModelError(msg)
-        self.model = model
-        self._blocks: nn.ModuleList = model.transformer_blocks
-
-    @property
-    def block_count(self) -> int:
-        """Number of blocks."""
-        return len(self._blocks)
-
-    @property
-    def patch_size(self) -> int:
-        """Latent pixels along a token's side."""
-        return int(self.model.config.patch_size)
-
-    def block_name(self, index: int) -> str:
-        """The block's prefix in the state dict."""
-        return f"transformer_blocks.{index}"
-
-    def remove_block(self, index: int) -> None:
-        """Replace a block by a placeholder without weights."""
-        self._blocks[index] = RemovedBlock()
+        super().__init__(model)
 
     def context(self, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> Context:
         """Embed the timestep and project the text."""
@@ -107,7 +89,7 @@ class PixArtAdapter:
         """Final norm, modulation, projection and unpatchify."""
         shift, scale = (self.model.scale_shift_table[None] + context.embedding[:, None]).chunk(2, dim=1)
         hidden = self.model.norm_out(streams[0]) * (1 + scale) + shift
-        return _unpatchify(self.model.proj_out(hidden), context, self.patch_size)
+        return unpatchify(self.model.proj_out(hidden), context, self.patch_size)
 
 
 class SanaAdapter(PixArtAdapter):
@@ -158,28 +140,12 @@ class SanaAdapter(PixArtAdapter):
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Final modulated norm, projection and unpatchify."""
         hidden = self.model.norm_out(streams[0], context.embedding, self.model.scale_shift_table)
-        return _unpatchify(self.model.proj_out(hidden), context, self.patch_size)
+        return unpatchify(self.model.proj_out(hidden), context, self.patch_size)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Added to attention scores as diffusers' models do: 0 for tokens that count, -10000 for padding."""
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
-
-
-def _unpatchify(tokens: Tensor, context: Context, patch: int) -> Tensor:
-    """(batch, tokens, patch * patch * channels) to (batch, channels, height, width)."""
-    rows, columns = context.height // patch, context.width // patch
-    tiles = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return tiles.reshape(tokens.shape[0], -1, context.height, context.width)
-
-
-def _sizes(config: Config) -> Sizes:
-    return Sizes(
-        blocks=int(config["num_layers"]),
-        width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
-        patch=int(config["patch_size"]),
-        native=int(config["sample_size"]),
-    )
 
 
 def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:
@@ -195,7 +161,7 @@ PIXART = Family(
     adapter=PixArtAdapter,
     pipeline=PixArtSigmaPipeline,
     text_encoders=("text_encoder",),
-    sizes=_sizes,
+    sizes=sizes,
     encode=_encode,
     text_length=fixed_length(300),
     sampling=lambda length: {"max_sequence_length": length, "clean_caption": False, "use_resolution_binning": False},
@@ -209,7 +175,7 @@ SANA = Family(
     adapter=SanaAdapter,
     pipeline=SanaPipeline,
     text_encoders=("text_encoder",),
-    sizes=_sizes,
+    sizes=sizes,
     encode=_encode,
     text_length=fixed_length(300),
     # As in the script, prompts stand alone in training and sampling, without the pipeline's instruction to the text encoder.

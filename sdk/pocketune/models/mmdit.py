@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention import JointTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 
-from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
+from pocketune.models.base import Context, Prompt, Streams, TextAttention
 from pocketune.models.family import Config, Family, Parts, Sizes
+from pocketune.models.transformer import TransformerAdapter, sizes, unpatchify
 
 
-class SD3Adapter:
+class SD3Adapter(TransformerAdapter):
     """`SD3Transformer2DModel` as its joint blocks, with an image and a text stream; the last block ends the text stream."""
 
     stream_names = ("image", "text")
@@ -29,29 +31,6 @@ class SD3Adapter:
         "attn.to_q",
         "attn.to_v",
     )
-
-    def __init__(self, model: SD3Transformer2DModel) -> None:
-        """Wrap a model; it is neither copied nor changed."""
-        self.model: Any = model
-        self._blocks: nn.ModuleList = model.transformer_blocks
-
-    @property
-    def block_count(self) -> int:
-        """Number of joint blocks."""
-        return len(self._blocks)
-
-    @property
-    def patch_size(self) -> int:
-        """Latent pixels along a token's side."""
-        return int(self.model.config.patch_size)
-
-    def block_name(self, index: int) -> str:
-        """The block's prefix in the state dict."""
-        return f"transformer_blocks.{index}"
-
-    def remove_block(self, index: int) -> None:
-        """Replace a block by a placeholder without weights."""
-        self._blocks[index] = RemovedBlock()
 
     def context(self, latents: Tensor, timesteps: Tensor, prompt: Prompt) -> Context:
         """Embed timestep and pooled text."""
@@ -77,22 +56,12 @@ class SD3Adapter:
     def head(self, streams: Streams, context: Context) -> Tensor:
         """Final norm, projection and unpatchify."""
         hidden = self.model.proj_out(self.model.norm_out(streams[0], context.embedding))
-        patch = self.patch_size
-        rows, columns = context.height // patch, context.width // patch
-        hidden = hidden.reshape(hidden.shape[0], rows, columns, patch, patch, -1)
-        hidden = torch.einsum("nhwpqc->nchpwq", hidden)
-        return hidden.reshape(hidden.shape[0], -1, context.height, context.width)
+        return unpatchify(hidden, context, self.patch_size)
 
 
 def _sizes(config: Config) -> Sizes:
-    patch = int(config["patch_size"])
-    return Sizes(
-        blocks=int(config["num_layers"]),
-        width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
-        patch=patch,
-        native=int(config["sample_size"]),
-        largest=int(config["pos_embed_max_size"]) * patch,
-    )
+    own = sizes(config)
+    return replace(own, largest=int(config["pos_embed_max_size"]) * own.patch)
 
 
 def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:
