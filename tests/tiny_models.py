@@ -215,23 +215,27 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
+def sd3_transformer(**changes: Any) -> SD3Transformer2DModel:
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 6,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 128,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 128,
+        "pos_embed_max_size": 8,
+        "qk_norm": "rms_norm",
+    }
+    return SD3Transformer2DModel(**(settings | changes))
+
+
 def _sd3(dual_attention: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
     """Six joint blocks of width 32, latents 4 x 8 x 8 for 64-pixel images."""
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=6,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        caption_projection_dim=32,
-        pooled_projection_dim=128,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-        dual_attention_layers=dual_attention,
-    )
+    transformer = sd3_transformer(dual_attention_layers=dual_attention)
     vae = autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1)
     tokenizer = new_tokenizer()
     encoders = [new_text_encoder(tokenizer) for _ in range(2)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pocketune.models.flux import ATTENTION_TARGETS
+
 LOW: dict[str, Any] = {"weights": "streamed", "activations": "on_disk", "optimizer_in_backward": True}
 """As little memory as there is a setting for."""
 
@@ -43,22 +45,12 @@ class Job:
         return {name: value for name, value in vars(self).items() if name not in ("title", "compared", "bound_mb")}
 
 
-_FLUX_ATTENTION = (
-    "attn.to_k",
-    "attn.to_q",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_k_proj",
-    "attn.add_q_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-)
 _RECOMPUTED: dict[str, Any] = LOW | {"activations": "recomputed"}
 _PAPER = "DiT-BlockSkip's paper, GPU"
 _SD35: dict[str, Any] = {"model": "sd35-medium", "text_tokens": 333}
 _SD15: dict[str, Any] = {"model": "sd15", "text_tokens": 77, "resolution": 512}
 _FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512}
-_FLUX_LOW: dict[str, Any] = LOW | {"lora_targets": _FLUX_ATTENTION}
+_FLUX_LOW: dict[str, Any] = LOW | {"lora_targets": ATTENTION_TARGETS}
 
 JOBS: dict[str, Job] = {
     "sd35-512": Job(

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_export.exporter import Variant, export_variants
+from tests.tiny_models import sd3_transformer
 
 VARIANTS: dict[str, dict[str, object]] = {
     "fp32": {"weights": "fp32"},
@@ -28,20 +29,8 @@ def small_model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_folder, text_encoder_3=None, tokenizer_3=None)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        transformer = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=4,
-            joint_attention_dim=128,
-            caption_projection_dim=64,
-            pooled_projection_dim=128,
-            pos_embed_max_size=16,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0,),
+        transformer = sd3_transformer(
+            num_layers=3, attention_head_dim=16, caption_projection_dim=64, pos_embed_max_size=16, dual_attention_layers=(0,)
         )
         # The last projection starts at zero, and a model that always answers zero tests nothing.
         torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from pocketune.methods.lora import add_lora
@@ -14,6 +13,7 @@ from pocketune.models.base import Context
 from pocketune.models.mmdit import SD3Adapter
 from pocketune_export.capture import Capture, capture, frozen_weights, with_weights
 from pocketune_export.training import Named, spec
+from tests.tiny_models import sd3_transformer
 from tests.tolerances import EXECUTORCH_RELATIVE
 
 LINEAR = {"y": "result", "gradient": "of the sum of squares"}
@@ -67,15 +67,13 @@ def test_a_block_step_runs_on_executorch() -> None:
     """One joint block with LoRA: the streams that leave it, and gradients of all matrices, from one capture."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SD3Transformer2DModel(
-            sample_size=8,
+        model = sd3_transformer(
             num_layers=2,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,
-            caption_projection_dim=32,
             pooled_projection_dim=32,
-            pos_embed_max_size=8,
+            qk_norm=None,
         ).eval()
         given = {"image": torch.randn(1, 16, 32), "text": torch.randn(1, 7, 32), "embedding": torch.randn(1, 32)}
     adapter = SD3Adapter(model)

@@ -16,6 +16,17 @@ from pocketune.models.family import Config, Family, Sizes, fixed_length
 PATCH = 2  # diffusers packs 2 x 2 latent pixels into a token outside of the model, whose own patch size is 1
 NATIVE = 128  # the configuration says no size; diffusers' pipeline makes 1024-pixel images
 TRAINING_GUIDANCE = 3.5  # of train_dreambooth_lora_flux.py, for models that take the guidance scale as an input
+ATTENTION_TARGETS = (
+    "attn.to_k",
+    "attn.to_q",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""The LoRA targets of attention alone, without the feed-forward layers."""
 
 
 class FluxAdapter:
@@ -29,14 +40,7 @@ class FluxAdapter:
     unit_kinds: tuple[Any, ...] = (FluxTransformerBlock, FluxSingleTransformerBlock)
     # The targets of diffusers' train_dreambooth_lora_flux.py; single blocks have the first three.
     default_lora_targets = (
-        "attn.to_k",
-        "attn.to_q",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *ATTENTION_TARGETS,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",
