@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from pocketune.models.load import published
+from pocketune.models.empty import published
 from pocketune.pocket.text import new_tokenizer
 
 NAME = "sd35-medium"

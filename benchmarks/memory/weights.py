@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pocketune.atomic import replacing, write_text
-from pocketune.models.load import empty_denoiser
+from pocketune.models.empty import empty_denoiser
 from pocketune.models.registry import family_named
 
 _BLOCK_VALUES = 2**25
@@ -28,7 +28,7 @@ def model_folder(name: str, root: Path) -> Path:
     """The folder of a published model with random weights of its denoiser, made if it is not there yet.
 
     Args:
-        name: of `pocketune.models.load.PUBLISHED`.
+        name: of `pocketune.models.empty.PUBLISHED`.
         root: where such folders lie.
     """
     folder = root / name

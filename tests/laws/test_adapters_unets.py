@@ -13,7 +13,8 @@ from pocketune.errors import ModelError, PlanError
 from pocketune.features.precompute import image_cache_bytes
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
-from pocketune.models.load import ModelFolder, published
+from pocketune.models.empty import published
+from pocketune.models.load import ModelFolder
 from pocketune.models.registry import family_of
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.plan.skipping import plan_for

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.empty import empty_denoiser
 from pocketune.models.encoders import streamed_text_encoder, streamed_vae, use_tiles
-from pocketune.models.family import Family
-from pocketune.models.positions import crop_table, promise_table, without_table
+from pocketune.models.hub import download
+from pocketune.models.positions import crop_table
 from pocketune.models.quiet import building, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
 from pocketune.weights.files import weight_files, weights_digest
@@ -29,7 +29,6 @@ from pocketune.weights.stream import layer_weights
 _WEIGHTS = Path(str(files("pocketune.pocket") / "weights"))
 BUILT_IN = tuple(sorted(path.parent.name for path in _WEIGHTS.glob("*/model_index.json")))
 """Models that come with the package."""
-PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024", "sd15", "sdxl")
 
 
 class ModelFolder:
@@ -221,10 +220,8 @@ class ModelFolder:
                 use_tiles(pipeline.vae, tile, scale=self.vae_scale)
             return pipeline
         denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side).model
-        parts: dict[str, Any] = {
-            self.family.component: denoiser,
-            "vae": self.load_vae(device=device, weights=weights, tile=tile),
-        }
+        vae = self.load_vae(device=device, weights=weights, tile=tile)
+        parts: dict[str, Any] = {self.family.component: denoiser, "vae": vae}
         for part in self.family.text_encoders:
             if self.has(part):
                 parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device)
@@ -241,16 +238,13 @@ class ModelFolder:
         for prompt in dict.fromkeys(prompts):
             with quiet_libraries():
                 found = self.family.encode(pipeline, prompt, device=device, length=self.text_padding)
-            encoded[prompt] = Prompt(
-                **{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None},
-            )
+            encoded[prompt] = Prompt(**{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None})
         return encoded
 
     def text_pipeline(self, *, device: torch.device, weights: Residence = RESIDENT) -> Any:
         """The stock pipeline with tokenizers and float32 text encoders alone, for `family.encode`."""
-        parts: dict[str, Any] = {"vae": None, self.family.component: None}
         # diffusers asks the denoiser for its text width or type, and for nothing else.
-        parts[self.family.component] = self.empty_denoiser().model
+        parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
         if weights.streamed:
             for part in filter(self.has, self.family.text_encoders):
                 parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=torch.float32, device=device)
@@ -291,51 +285,7 @@ def open_model(model: str | Path) -> ModelFolder:
     if not looks_like_hub_id:
         msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id (owner/name)."
         raise ModelError(msg)
-    return ModelFolder(name, _download(name))
-
-
-def empty_denoiser(config: dict[str, Any], family: Family) -> DenoiserAdapter:
-    """A denoiser's structure, frozen, with its parameters on the meta device.
-
-    Args:
-        config: as diffusers writes it.
-        family: its architecture.
-    """
-    with building(), init_empty_weights():
-        model = family.denoiser.from_config(without_table(config))
-    promise_table(model, config)
-    model.requires_grad_(False)
-    adapter: DenoiserAdapter = family.adapter(model.eval())
-    return adapter
-
-
-def published(name: str) -> DenoiserAdapter:
-    """A published model's denoiser in its true size, on the meta device: for plans and memory, without weights.
-
-    Args:
-        name: one of `PUBLISHED`.
-
-    Raises:
-        ModelError: there is no such configuration.
-    """
-    if name not in PUBLISHED:
-        msg = f"no published configuration {name}; there are {', '.join(PUBLISHED)}."
-        raise ModelError(msg)
-    config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
-    return empty_denoiser(config, family_named(config["_class_name"], config, name=name))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        msg = f"cannot download {hub_id}: {first}. Check the name and the network, or give a local diffusers folder."
-        raise ModelError(msg) from error
+    return ModelFolder(name, download(name))
 
 
 def _read_json(path: Path, complaint: str) -> dict[str, Any]:
