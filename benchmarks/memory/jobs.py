@@ -23,7 +23,7 @@ class Job:
         skip: blocks, as a recipe names them.
         settings: further fields of the recipe.
         whole: run all phases of a personalization, not training alone.
-        inference: run the model forward without training, to compare with.
+        inference: run the model with its fresh adapter forward, without training, to compare with.
         compared: what others need for it, and where that figure comes from.
         bound_mb: what the peak must not exceed, in MB of 1e6 bytes; None: nothing is promised.
     """
@@ -106,7 +106,7 @@ JOBS: dict[str, Job] = {
         title="SD3.5-medium with T5-XXL, 256 px, 12 of 24 blocks skipped, whole job",
         resolution=256,
         skip="0-7,20-23",
-        settings=LOW | {"vae_tile": 256},
+        settings=LOW | {"vae_tile": 128},
         whole=True,
         **_SD35,
     ),
@@ -178,7 +178,7 @@ JOBS: dict[str, Job] = {
         **_SD15,
     ),
     "sd15-512-inference8": Job(
-        title="SD1.5, 512 px, inference over 8-bit weights in memory",
+        title="SD1.5, 512 px, inference with a LoRA, 8-bit weights in memory",
         settings={"weight_bits": 8},
         inference=True,
         **_SD15,
@@ -196,7 +196,7 @@ JOBS: dict[str, Job] = {
         **_SD35,
     ),
     "sd35-512-inference": Job(
-        title="SD3.5-medium, 512 px, inference, weights streamed",
+        title="SD3.5-medium, 512 px, inference with a LoRA, weights streamed",
         resolution=512,
         settings={"weights": "streamed"},
         inference=True,

@@ -34,7 +34,7 @@ RANK = 16
 
 
 def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
-    """Train for some steps on random latents and text, or run the model forward so many times, and say what it took.
+    """Train for some steps on random latents and text, or run the adapted model so many times, and say what it took.
 
     Text encoders and the autoencoder are not loaded: their phases lie before. Libraries and interpreter are counted.
     """
@@ -116,22 +116,24 @@ def _train(
 @torch.no_grad()
 def _infer(
     adapter: DenoiserAdapter,
-    model: ModelFolder,  # noqa: ARG001 - as of _train
+    model: ModelFolder,
     plan: BlockPlan,
     recipe: Recipe,
     batches: RandomBatches,
     *,
     memory: MemoryLog,
-    work: Path,  # noqa: ARG001
+    work: Path,  # noqa: ARG001 - as of _train
     marks: list[tuple[float, float]],
 ) -> Row:
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
     memory.phase("inference")
     marks.append(_now())
     finite = True
     for _ in range(recipe.steps):
         finite = finite and bool(torch.isfinite(predict(adapter, plan, batches(()))).all())
         marks.append(_now())
-    return {"trained_parameters": 0, "finite": finite, "spilled_bytes_per_step": 0}
+    adapted = sum(parameter.numel() for parameter in tuned.parameters.values())
+    return {"trained_parameters": 0, "adapter_parameters": adapted, "finite": finite, "spilled_bytes_per_step": 0}
 
 
 def _now() -> tuple[float, float]:

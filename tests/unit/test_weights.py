@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pocketune.errors import ModelError, PlanError
+from pocketune.weights import quant
 from pocketune.weights.files import weight_files
 from pocketune.weights.packed import packed_copy
 from pocketune.weights.prefetch import Prefetcher
@@ -40,6 +41,16 @@ def test_packing_rounds_to_half_a_step_and_keeps_zero(rows: int, groups: int, bi
     assert (found[:, 0] == 0).all()
     size = packed.codes.nbytes + packed.scales.nbytes + packed.zeros.nbytes
     assert size == packed_bytes(rows, groups * 8, bits=bits, group=8)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 8)])
+def test_rows_are_packed_alike_in_one_slice_or_many(monkeypatch: pytest.MonkeyPatch, bits: int, group: int | None) -> None:
+    matrix = torch.randn(7, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = pack(matrix, bits=bits, group=group)
+    monkeypatch.setattr(quant, "SLICE_VALUES", 40)  # two rows, and a last one alone
+    parts = pack(matrix, bits=bits, group=group)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scales, whole.scales) and torch.equal(parts.zeros, whole.zeros)
 
 
 def test_packing_a_constant_or_zero_matrix_is_exact() -> None:

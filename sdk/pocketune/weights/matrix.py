@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from pocketune.weights.mapped import Place
-from pocketune.weights.quant import Packed, unpack
-
-SLICE_VALUES = 2**18
-"""Values read and converted at a time; they fit a processor's cache."""
+from pocketune.weights.quant import SLICE_VALUES, Packed, unpack
 
 
 class Matrix(Protocol):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pocketune.atomic import replacing
 from pocketune.weights.mapped import BITS_KEY, DTYPES, SHAPES_KEY
-from pocketune.weights.matrix import SLICE_VALUES
-from pocketune.weights.quant import pack, packed_bytes
+from pocketune.weights.quant import SLICE_VALUES, pack, packed_bytes
 from pocketune.weights.store import CODES, SCALES, ZEROS, WeightStore
 
 GROUP = 64

@@ -15,6 +15,8 @@ from torch import Tensor
 from pocketune.errors import PlanError
 
 BITS = (4, 8)
+SLICE_VALUES = 2**18
+"""Values read and converted at a time; they fit a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,29 @@ def pack(matrix: Tensor, *, bits: int, group: int | None = None) -> Packed:
     if bits not in BITS or columns % group or (bits == 4 and group % 2):
         msg = f"cannot pack {columns} columns to {bits} bits in groups of {group}: expected 4 or 8 bits and even, whole groups."
         raise PlanError(msg)
-    values = matrix.float().reshape(rows, columns // group, group)
+    groups = columns // group
+    packed = Packed(
+        codes=torch.empty(rows, columns * bits // 8, dtype=torch.uint8, device=matrix.device),
+        scales=torch.empty(rows, groups, device=matrix.device),
+        zeros=torch.empty(rows, groups, dtype=torch.uint8, device=matrix.device),
+        bits=bits,
+    )
+    step = max(1, SLICE_VALUES // columns)
+    for start in range(0, rows, step):  # a few rows at a time, so that no float copy of the whole is made
+        some = slice(start, start + step)
+        _pack_rows(matrix[some].float().reshape(-1, groups, group), packed, some)
+    return packed
+
+
+def _pack_rows(values: Tensor, packed: Packed, rows: slice) -> None:
     low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
-    largest = 2**bits - 1
+    largest = 2**packed.bits - 1
     scales = (high - low) / largest
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)
     zeros = (-low / safe).round().clamp(0, largest)
-    codes = (values / safe[..., None] + zeros[..., None]).round().clamp(0, largest).to(torch.uint8).reshape(rows, columns)
-    if bits == 4:
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return Packed(codes=codes.contiguous(), scales=scales, zeros=zeros.to(torch.uint8), bits=bits)
+    codes = (values / safe[..., None] + zeros[..., None]).round().clamp(0, largest).to(torch.uint8).flatten(1)
+    packed.codes[rows] = codes[:, 0::2] | (codes[:, 1::2] << 4) if packed.bits == 4 else codes
+    packed.scales[rows], packed.zeros[rows] = scales, zeros.to(torch.uint8)
 
 
 def unpack(packed: Packed, out: Tensor, *, scaled: bool = True) -> Tensor:

@@ -30,7 +30,7 @@ class Quantization:
         Raises:
             PlanError: the quantizer is not installed.
         """
-        return QUANTIZERS[self.quantizer](weight.flatten(1).float(), self.bits)
+        return QUANTIZERS[self.quantizer](weight.flatten(1), self.bits)
 
 
 def minmax(matrix: Tensor, bits: int) -> Packed:
@@ -53,7 +53,7 @@ def hqq(matrix: Tensor, bits: int) -> Packed:
         msg = "the quantizer \"hqq\" is torchao's, which is not installed. Run: pip install 'pocketune[quant]'"
         raise PlanError(msg) from error
     codes, scales, zeros, _ = fit(
-        matrix,
+        matrix.float(),
         nbits=bits,
         group_size=matrix.shape[1],
         compute_dtype=torch.float32,
