@@ -50,9 +50,10 @@ def measure(model: str, *, pairs: int, threads: int, out: Path) -> None:
     from pocketune.recipe import Recipe
     from pocketune.train import new_optimizer, train_step
     from pocketune_edge.bundle import open_bundle
+    from pocketune_edge.delta import Adapter
+    from pocketune_edge.state import fresh_state
     from pocketune_export.exporter import export_trainable
-    from pocketune_export.replay import Replay, State
-    from pocketune_export.verify import as_batch, eager_model, random_batch
+    from pocketune_export.verify import as_batch, eager_model, open_steps, random_batch
 
     torch.set_num_threads(threads)
     recipe = Recipe(instance_prompt="a photo of sks toy", skip="auto", rank=8)
@@ -61,11 +62,13 @@ def measure(model: str, *, pairs: int, threads: int, out: Path) -> None:
         bundle = open_bundle(Path(scratch) / "bundle")
         manifest, folder = bundle.manifest, open_model(model)
         plan = parse_plan(recipe.skip, folder.block_count)
-        adapter, parameters = eager_model(bundle, folder, plan, recipe)
+        adapter, tuned = eager_model(bundle, folder, plan, recipe)
+        parameters = tuned.parameters
         optimizer = new_optimizer(parameters, recipe)
         kept = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
-        replay = Replay(bundle, threads=threads)
-        state = State.start(torch.cat([parameters[name].detach().reshape(-1) for name in kept]).numpy())
+        take_step = open_steps(bundle, threads=threads)
+        start = torch.cat([parameters[name].detach().reshape(-1) for name in kept]).numpy()
+        state = fresh_state(Adapter(start, {}))
         of = {
             "model": model,
             "resolution": manifest.batch.resolution,
@@ -81,7 +84,7 @@ def measure(model: str, *, pairs: int, threads: int, out: Path) -> None:
 
             turns: dict[str, Callable[[], Any]] = {
                 "torch_seconds": partial(train_step, adapter, parameters, plan, recipe, batch, optimizer),
-                "edge_seconds": partial(replay.step, state, arrays, number=number),
+                "edge_seconds": partial(take_step, state, [arrays]),
             }
             results, seconds = {}, {}
             for name in sorted(turns, reverse=number % 2 == 0):

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="optimizer steps")
     train.add_argument("--seed", type=int, help="equal seeds give equal results")
     train.add_argument("--learning-rate", type=float, help="of AdamW")
+    train.add_argument("--zo-learning-rate", type=float, help="of zeroth-order steps")
     train.add_argument("--batch-size", type=int, help="photos in each step")
     train.add_argument("--checkpoint-every", type=int, help="steps between checkpoints")
     train.add_argument("--cache-limit-mb", type=int, help="bound of the feature cache on disk")

@@ -6,7 +6,7 @@ weights once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,10 +25,12 @@ class Part:
     Attributes:
         context: what every block may take, by name: the embedding of timestep and pooled text, and more of some models.
         streams: by name, (rows, tokens, width) or (rows, channels, height, width); a stream that has ended is absent.
+        parameters: the flat vector that these rows are run with.
     """
 
     context: dict[str, Array]
     streams: dict[str, Array]
+    parameters: Floats
 
 
 @dataclass
@@ -51,105 +53,112 @@ class Denoiser:
         """Rows of a part."""
         return self.manifest.batch.rows
 
-    def begin(self, batches: Iterable[Values]) -> list[Part]:
-        """Embed each part: `noisy`, `timesteps` and the encoded prompt."""
-        with self.sessions.opened(self.manifest.graph("embed")) as session:
-            results = [session.run(batch) for batch in batches]
+    def begin(self, batches: Iterable[Values], parameters: Iterable[Floats]) -> list[Part]:
+        """Embed each part: `noisy`, `timesteps` and the encoded prompt; `parameters` has a flat vector for each."""
         streams = set(self.manifest.model.streams)
-        return [
-            Part(
-                {name: value for name, value in found.items() if name not in streams},
-                {name: value for name, value in found.items() if name in streams},
-            )
-            for found in results
-        ]
+        parts = []
+        with self.sessions.opened(self.manifest.graph("embed")) as session:
+            for batch, vector in zip(batches, parameters, strict=False):
+                found = session.run({**batch, **_slice(session.graph, vector)})
+                context = {name: value for name, value in found.items() if name not in streams}
+                parts.append(Part(context, {name: value for name, value in found.items() if name in streams}, vector))
+        return parts
 
-    def run_blocks(self, start: int, stop: int, parts: Sequence[Part], parameters: Floats, tape: Tape | None = None) -> None:
+    def run_blocks(self, start: int, stop: int, parts: Sequence[Part], tape: Tape | None = None) -> None:
         """Run the blocks from `start` to before `stop` on all parts, in place.
 
         Args:
             start: first block.
             stop: one past the last block.
             parts: changed to the streams that leave.
-            parameters: the flat vector of the LoRA; zeros for the frozen model.
             tape: where to keep what entered each block.
         """
         for block in range(start, stop):
             if tape is not None:
                 tape.entered[block] = [dict(part.streams) for part in parts]
             graph = self.manifest.graph("block_forward", block)
-            own = _slice(graph, parameters)
             with self.sessions.opened(graph) as session:
                 for part in parts:
-                    found = session.run({**part.streams, **part.context, **own})
+                    found = session.run({**part.streams, **part.context, **_slice(graph, part.parameters)})
                     passing = {name: value for name, value in part.streams.items() if not graph.takes(name)}
                     part.streams = passing | {name.removeprefix("new_"): value for name, value in found.items()}
 
     def finish(self, parts: Sequence[Part]) -> list[Floats]:
         """What the denoiser predicts for each part, (rows, channels, height, width)."""
         with self.sessions.opened(self.manifest.graph("head")) as session:
-            return [_floats(session.run({**part.streams, **part.context})["prediction"]) for part in parts]
+            return [
+                _floats(session.run({**part.streams, **part.context, **_slice(session.graph, part.parameters)})["prediction"])
+                for part in parts
+            ]
 
     def predict(self, batches: Sequence[Values], parameters: Floats) -> list[Floats]:
         """What the whole model predicts for each part."""
-        parts = self.begin(batches)
-        self.run_blocks(0, self.manifest.model.block_count, parts, parameters)
+        parts = self.begin(batches, [parameters] * len(batches))
+        self.run_blocks(0, self.manifest.model.block_count, parts)
         return self.finish(parts)
 
-    def loss_and_gradients(self, batches: Sequence[Mapping[str, Array]], parameters: Floats) -> tuple[float, Floats]:
-        """The loss of all parts together and its gradients, with one block in memory at a time.
+    def losses(self, batches: Sequence[Values], parameters: Sequence[Floats]) -> list[float]:
+        """The loss of each part, with one block in memory at a time. Arguments as of `losses_and_gradients`."""
+        return [float(found["loss"]) for found in self._losses(self._run(batches, parameters), batches)]
+
+    def losses_and_gradients(
+        self, batches: Sequence[Values], parameters: Sequence[Floats]
+    ) -> tuple[list[float], list[Floats]]:
+        """The loss of each part and its gradient, with one block in memory at a time.
 
         Each trained block's activations are computed again on the way back, from what entered it.
 
         Args:
             batches: of each part, the inputs of `train_step` that are the batch, features of skipped spans among them.
-            parameters: the flat vector.
+            parameters: of each part, the flat vector.
 
         Returns:
-            The loss, and the gradient as a flat vector.
+            The losses, and the gradients as flat vectors.
         """
-        plan = self.manifest.plan
-        parts = self.begin([{**batch, "noisy": noisy(batch)} for batch in batches])
         tape = Tape()
+        parts = self._run(batches, parameters, tape)
+        found = self._losses(parts, batches)
+        gradients = self._backward(parts, tape, [{"image": of["grad_image"]} for of in found])
+        return [float(of["loss"]) for of in found], gradients
+
+    def _run(self, batches: Sequence[Values], parameters: Sequence[Floats], tape: Tape | None = None) -> list[Part]:
+        """All that is before the head, as the plan wants it."""
+        plan = self.manifest.plan
+        parts = self.begin(({**batch, "noisy": noisy(batch)} for batch in batches), parameters)
         for span in plan.spans:
             if not span.skipped:
-                self.run_blocks(span.start, span.stop, parts, parameters, tape)
+                self.run_blocks(span.start, span.stop, parts, tape)
             elif plan.use_residuals:
                 for part, batch in zip(parts, batches, strict=True):
                     part.streams = _skip(part.streams, span, batch)
-        loss, leaving = self._loss(parts, batches)
-        return loss, self._backward(parts, parameters, tape, leaving)
+        return parts
 
-    def _loss(self, parts: Sequence[Part], batches: Sequence[Values]) -> tuple[float, list[dict[str, Array]]]:
-        loss = np.float32(0.0)
-        gradients = []
+    def _losses(self, parts: Sequence[Part], batches: Sequence[Values]) -> list[dict[str, Array]]:
         with self.sessions.opened(self.manifest.graph("head_loss")) as session:
-            for part, batch in zip(parts, batches, strict=True):
-                found = session.run({**batch, **part.streams, **part.context})
-                loss += np.float32(found["loss"])
-                gradients.append({"image": found["grad_image"]})
-        return float(loss), gradients
+            return [
+                session.run({**batch, **part.streams, **part.context, **_slice(session.graph, part.parameters)})
+                for part, batch in zip(parts, batches, strict=True)
+            ]
 
-    def _backward(self, parts: Sequence[Part], parameters: Floats, tape: Tape, leaving: Sequence[dict[str, Array]]) -> Floats:
+    def _backward(self, parts: Sequence[Part], tape: Tape, leaving: Sequence[dict[str, Array]]) -> list[Floats]:
         """Walk the trained blocks backwards; skipped spans pass gradients on unchanged."""
-        gradient = np.zeros_like(parameters)
+        gradients = [np.zeros_like(part.parameters) for part in parts]
         for block in sorted(tape.entered, reverse=True):
             if not any(item.role == "block_vjp" and item.block == block for item in self.manifest.graphs):
                 break  # nothing trains from here on down
             graph = self.manifest.graph("block_vjp", block)
-            own = _slice(graph, parameters)
             following = []
             changed = {spec.name for spec in self.manifest.graph("block_forward", block).outputs}
             with self.sessions.opened(graph) as session:
-                for part, entered, grads in zip(parts, tape.entered.pop(block), leaving, strict=True):
+                for part, entered, grads, gradient in zip(parts, tape.entered.pop(block), leaving, gradients, strict=True):
                     given = {f"grad_new_{name}": value for name, value in grads.items()}
-                    found = session.run({**entered, **given, **part.context, **own})
+                    found = session.run({**entered, **given, **part.context, **_slice(graph, part.parameters)})
                     if graph.parameters is not None:
                         gradient[slice(*graph.parameters)] += _floats(found["gradients"])
                     passing = {name: value for name, value in grads.items() if f"new_{name}" not in changed}
                     following.append(passing | {name: found[f"grad_{name}"] for name in entered if f"grad_{name}" in found})
             leaving = following
-        return gradient
+        return gradients
 
 
 def noisy(batch: Values) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 
 import numpy as np
 
@@ -20,7 +21,7 @@ CHUNK_BYTES = 64 * 2**20
 
 def feature_bytes(manifest: Manifest, *, bfloat16: bool) -> int:
     """Bytes that the features of one draw take in the cache."""
-    graph = manifest.graph("train_step")
+    graph = manifest.step_graph
     names = [name for span in manifest.plan.spans for name in span.features]
     elements = sum(int(np.prod(graph.shape_of(name)[1:])) for name in names)
     return elements * (2 if bfloat16 else 4)
@@ -104,16 +105,16 @@ def _features(
 ) -> Iterator[tuple[Sequence[Draw], list[dict[str, Array]]]]:
     """Of each batch: its draws, and the features of each draw."""
     inputs = [make_batch(draws) for draws in batches]
-    parts = denoiser.begin({**part, "noisy": noisy(part)} for batch in inputs for part in batch)
     frozen: Floats = np.zeros(denoiser.manifest.lora.flat_elements, np.float32)
+    parts = denoiser.begin(({**part, "noisy": noisy(part)} for batch in inputs for part in batch), repeat(frozen))
     found: list[dict[str, Array]] = [{} for _ in parts]
     position = 0
     for span in denoiser.manifest.plan.spans:
         if not span.skipped:
             continue
-        denoiser.run_blocks(position, span.start, parts, frozen)
+        denoiser.run_blocks(position, span.start, parts)
         entering = [dict(part.streams) for part in parts]
-        denoiser.run_blocks(span.start, span.stop, parts, frozen)
+        denoiser.run_blocks(span.start, span.stop, parts)
         position = span.stop
         for part, before, values in zip(parts, entering, found, strict=True):
             for name in span.features:

@@ -35,8 +35,9 @@ from pocketune_edge.session import Sessions
 from pocketune_edge.settings import Settings, fingerprint, settings_of
 from pocketune_edge.settings import key_of as hash_of
 from pocketune_edge.state import CheckpointFolder, State
+from pocketune_edge.steps import stepper_of
 from pocketune_edge.text import Prompt, encode_prompts
-from pocketune_edge.train import OneGraph, Streaming, train
+from pocketune_edge.train import train
 
 MAX_PHOTO_SIDE = 2048
 RECORD_FILE = "edge.json"
@@ -172,7 +173,7 @@ class Job:
             began = time.process_time()
 
         with self.phase("training") as sessions:
-            stepper = (Streaming if self.streaming else OneGraph)(sessions, self.settings)
+            stepper = stepper_of(sessions, self.settings, mode="streaming" if self.streaming else "one graph")
             state = train(
                 stepper,
                 self.settings,

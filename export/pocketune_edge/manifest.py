@@ -127,15 +127,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW."""
+    """AdamW, or plain descent."""
 
-    kind: Literal["adamw"]
+    kind: Literal["adamw", "descent"]
     beta1: Fraction
     beta2: Fraction
     learning_rate: Positive
     weight_decay: NotNegative
     epsilon: Positive
-    max_grad_norm: Positive
+    max_grad_norm: Positive | None
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,15 @@ class Manifest:
     memory: Memory
     graphs: Annotated[tuple[Graph, ...], _SOME]
     files: Annotated[tuple[File, ...], _SOME]
+
+    @property
+    def step_graph(self) -> Graph:
+        """The graph that runs all trained blocks: the whole step, or its loss where steps are of zeroth order.
+
+        Raises:
+            BundleError: the bundle has neither.
+        """
+        return self.graph("loss" if any(graph.role == "loss" for graph in self.graphs) else "train_step")
 
     def named(self, names: Iterable[str]) -> list[Graph]:
         """The graphs of some names, in the order of the names, all of which the manifest was checked to have."""

@@ -18,6 +18,7 @@ CHANGEABLE = (
     "steps",
     "seed",
     "learning_rate",
+    "zo_learning_rate",
     "batch_size",
     "checkpoint_every",
     "cache_limit_mb",
@@ -44,8 +45,6 @@ class Settings:
     steps: _Count
     batch_size: _Count
     learning_rate: Positive
-    weight_decay: NotNegative
-    max_grad_norm: Positive
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
     logit_mean: float
     logit_std: Positive
@@ -54,6 +53,11 @@ class Settings:
     checkpoint_every: _Count
     sample_steps: _Count
     guidance_scale: NotNegative
+    gradient: Literal["backprop", "zeroth_order"]
+    zo_learning_rate: Positive
+    zo_epsilon: Positive
+    zo_queries: _Count
+    zo_two_sided: bool
 
     @classmethod
     def of(cls, recipe: dict[str, Any]) -> Self:
@@ -90,6 +94,10 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
     fixed = sorted(set(given) - set(CHANGEABLE))
     if fixed:
         msg = f"{', '.join(fixed)} cannot change on the device. Export a bundle with the wanted recipe."
+        raise SettingError(msg)
+    inert = "zo_learning_rate" if manifest.recipe.get("gradient") == "backprop" else "learning_rate"
+    if inert in given:
+        msg = f"{inert} has no effect on the steps of this bundle. Leave it out, or export a bundle with another gradient."
         raise SettingError(msg)
     recipe = manifest.recipe | given
     try:

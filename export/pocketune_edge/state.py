@@ -29,6 +29,7 @@ class State:
         exp_avg_sq: AdamW's second moments, flat.
         losses: of each finished optimizer step.
         fixed: by name, parameters that never change.
+        updates: how often AdamW updated the parameters; steps of plain descent do not count.
     """
 
     parameters: Floats
@@ -36,6 +37,7 @@ class State:
     exp_avg_sq: Floats
     losses: tuple[float, ...]
     fixed: dict[str, Floats]
+    updates: int
 
     @property
     def step(self) -> int:
@@ -48,9 +50,21 @@ class State:
         return Adapter(self.parameters, self.fixed)
 
 
+    def after(self, loss: float, parameters: Floats, moments: tuple[Floats, Floats] | None = None) -> State:
+        """The state after one more step; `moments` are those of AdamW, where it took the step."""
+        updates = self.updates + (moments is not None)
+        exp_avg, exp_avg_sq = moments or (self.exp_avg, self.exp_avg_sq)
+        return State(parameters, exp_avg, exp_avg_sq, (*self.losses, loss), self.fixed, updates)
+
+
 def fresh_state(adapter: Adapter) -> State:
     """The state before the first step."""
-    return State(adapter.flat, np.zeros_like(adapter.flat), np.zeros_like(adapter.flat), (), adapter.fixed)
+    return State(adapter.flat, *_no_moments(adapter.flat.size), (), adapter.fixed, 0)
+
+
+def _no_moments(elements: int) -> tuple[Floats, Floats]:
+    # Unlike those of zeros_like, pages of zeros take no memory before they are written, which plain descent never does.
+    return np.zeros(elements, np.float32), np.zeros(elements, np.float32)
 
 
 class CheckpointFolder:
@@ -66,7 +80,7 @@ class CheckpointFolder:
         """Write a checkpoint and remove the oldest beyond two."""
         tensors = {f"parameter.{name}": value for name, value in state.fixed.items()}
         for kind, flat in (("parameter", state.parameters), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-            if kind == "parameter" or state.step:
+            if kind == "parameter" or state.updates:
                 tensors |= {f"{kind}.{name}": value for name, value in by_name(self._lora, flat).items()}
         metadata = {"step": str(state.step), "losses": json.dumps(state.losses), "fingerprint": self._fingerprint}
         path = self.folder / f"step-{state.step:06d}.safetensors"
@@ -107,11 +121,11 @@ class CheckpointFolder:
             kind, name = key.split(".", 1)
             groups[kind][name] = value
         parameters = flatten(self._lora, groups["parameter"])
-        moments = [
-            flatten(self._lora, groups[kind]) if losses else np.zeros_like(parameters) for kind in ("exp_avg", "exp_avg_sq")
-        ]
+        moments = _no_moments(parameters.size)
+        if groups["exp_avg"]:
+            moments = flatten(self._lora, groups["exp_avg"]), flatten(self._lora, groups["exp_avg_sq"])
         fixed = {item.name: groups["parameter"][item.name] for item in self._lora.parameters if item.offset is None}
-        return State(parameters, moments[0], moments[1], losses, fixed)
+        return State(parameters, *moments, losses, fixed, len(losses) if groups["exp_avg"] else 0)
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))

@@ -22,6 +22,7 @@ MAX_PATH_CHARACTERS = 300
 
 Role = Literal[
     "train_step",
+    "loss",
     "embed",
     "block_forward",
     "block_vjp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from pocketune.recipe import Recipe
 
 if TYPE_CHECKING:
     from pocketune_export.manifest import Manifest
-    from pocketune_export.replay import Mode
+    from pocketune_edge.steps import Mode
     from pocketune_export.verify import Verification
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -146,9 +147,13 @@ def _comparison(found: Verification) -> dict[str, Any]:
         "steps": found.steps,
         "tolerance": TOLERANCE,
         "loss_difference": found.loss,
-        "largest_gradient_difference": {"name": found.worst_gradient, "value": found.gradients[found.worst_gradient]},
-        "largest_parameter_difference": {"name": found.worst_parameter, "value": found.parameters[found.worst_parameter]},
+        "largest_gradient_difference": _named(found.gradients, found.worst_gradient),
+        "largest_parameter_difference": _named(found.parameters, found.worst_parameter),
     }
+
+
+def _named(differences: Mapping[str, float], name: str | None) -> dict[str, Any] | None:
+    return None if name is None else {"name": name, "value": differences[name]}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from pocketune.errors import ModelError, PlanError, RecipeError
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import NoiseSchedule
+from pocketune.train import ZO_ADAM_EPSILON
 from pocketune_export import manifest as m
+from pocketune_export.training import BETA1, BETA2, EPSILON
 
 
 def check_exportable(recipe: Recipe) -> None:
@@ -19,7 +21,7 @@ def check_exportable(recipe: Recipe) -> None:
         "method": (recipe.method != "lora", "its graphs train LoRA"),
         "timestep_low": (recipe.timestep_low != 0, "devices draw from all timesteps"),
         "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
-        "gradient": (recipe.gradient != "backprop", "its graphs backpropagate"),
+        "gradient": (recipe.gradient == "mixed", "its graphs have one resolution"),
         "patches": (recipe.patches != "none", "devices cut whole squares"),
         "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
     }
@@ -27,6 +29,24 @@ def check_exportable(recipe: Recipe) -> None:
         if asked:
             msg = f"a bundle cannot hold {name} = {getattr(recipe, name)!r}: {reason}. Leave {name} out to export."
             raise RecipeError(msg)
+
+
+def optimizer_of(recipe: Recipe) -> m.Optimizer:
+    """What takes the steps, as `pocketune.train` sets it up."""
+    rate, decay, epsilon, clipped = recipe.learning_rate, recipe.weight_decay, EPSILON, True
+    if recipe.gradient == "zeroth_order":
+        rate, clipped = recipe.zo_learning_rate, False
+    if recipe.zo_optimizer == "adam":
+        decay, epsilon = 0.0, ZO_ADAM_EPSILON
+    return m.Optimizer(
+        kind="adamw" if recipe.gradient == "backprop" or recipe.zo_optimizer == "adam" else "descent",
+        beta1=BETA1,
+        beta2=BETA2,
+        learning_rate=rate,
+        weight_decay=decay,
+        epsilon=epsilon,
+        max_grad_norm=recipe.max_grad_norm if clipped else None,
+    )
 
 
 def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:

@@ -15,10 +15,20 @@ from pocketune.recipe import Recipe
 from pocketune.step import Batch, Objective
 from pocketune.train import loss_of, output_loss
 from pocketune_export.capture import Capture, capture, with_weights
-from pocketune_export.layout import Layout, layout_of, without_gradient
+from pocketune_export.layout import Layout, layout_of, without_gradient, without_use
 from pocketune_export.manifest import TensorSpec
 from pocketune_export.streams import CONTEXT_MEANINGS, by_name, context_by_name, context_of, place_of, stream_name
-from pocketune_export.training import MEANINGS, Named, adamw, leaves, optimizer_inputs, spec, train_step
+from pocketune_export.training import (
+    MEANINGS,
+    Named,
+    adamw,
+    leaves,
+    loss_alone,
+    optimizer_inputs,
+    parameter_input,
+    spec,
+    train_step,
+)
 from pocketune_export.writer import Traced
 
 
@@ -62,12 +72,17 @@ class DenoiserGraphs:
         self.layout = layout_of(parameters)
         self._entering: list[dict[str, TensorSpec]] = []
         self._blocks = self._capture_forwards()
-        self.without_gradient = without_gradient(self._model, parameters, self._loss_of_nothing)
-        self.layout = layout_of(parameters, without=self.without_gradient)
-        _unwrap(self._model, self.without_gradient)
+        untouched = without_gradient if self._backpropagates else without_use
+        self.untouched = untouched(self._model, parameters, self._loss_of_nothing)
+        self.layout = layout_of(parameters, without=self.untouched)
+        _unwrap(self._model, self.untouched)
         for index in self._plan.kept:
-            if any(name.startswith(adapter.block_name(index) + ".") for name in self.without_gradient):
+            if any(name.startswith(adapter.block_name(index) + ".") for name in self.untouched):
                 self._blocks[index] = self._capture_forward(index)
+
+    @property
+    def _backpropagates(self) -> bool:
+        return self._recipe.gradient != "zeroth_order"
 
     @property
     def stream_names(self) -> tuple[str, ...]:
@@ -102,10 +117,13 @@ class DenoiserGraphs:
             yield Traced(f"block-{index:02d}.forward", "block_forward", index, self._slice(index), forward)
         yield Traced("head", "head", None, None, self._capture_head())
         yield Traced("head_loss", "head_loss", None, None, self._capture_head_loss())
-        yield from self._trace_vjps()
         whole = (0, self.layout.elements)
-        yield Traced("adamw", "adamw", None, whole, self._capture_adamw())
-        yield Traced("train_step", "train_step", None, whole, self._capture_step())
+        if self._backpropagates:
+            yield from self._trace_vjps()
+        if self._backpropagates or self._recipe.zo_optimizer == "adam":
+            yield Traced("adamw", "adamw", None, whole, self._capture_adamw())
+        step = "train_step" if self._backpropagates else "loss"
+        yield Traced(step, step, None, whole, self._capture_step())
 
     def _capture_embed(self) -> Capture:
         def embed(given: Named) -> dict[str, Tensor]:
@@ -220,6 +238,8 @@ class DenoiserGraphs:
         def head_loss(given: Named) -> dict[str, Tensor]:
             image = given["image"].detach().requires_grad_()
             loss = output_loss(self._adapter.head((image,), self._context(given)), self._recipe, self._batch(given))
+            if not self._backpropagates:
+                return {"loss": loss}
             return {"loss": loss, "grad_image": torch.autograd.grad(loss, [image])[0]}
 
         sample = self._batch_inputs()
@@ -236,7 +256,11 @@ class DenoiserGraphs:
             return loss_of(self._adapter, self._plan, self._recipe, self._batch(given))
 
         features = [feature for span in self._plan.spans for feature in self.features(span)]
-        inputs = (*optimizer_inputs(self.layout.elements), *self._batch_inputs().values(), *features)
+        taken = (*self._batch_inputs().values(), *features)
+        if not self._backpropagates:
+            inputs = (parameter_input(self.layout.elements), *taken)
+            return capture(self._model, loss_alone(self._model, self.layout, loss), inputs, MEANINGS)
+        inputs = (*optimizer_inputs(self.layout.elements), *taken)
         return capture(self._model, train_step(self._model, self.layout, loss), inputs, MEANINGS)
 
     def _loss_of_nothing(self) -> Tensor:

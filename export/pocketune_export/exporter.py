@@ -30,12 +30,11 @@ from pocketune_export.agreement import Role
 from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
-from pocketune_export.decisions import check_exportable, noise_schedule, resolution_of
+from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of
 from pocketune_export.denoiser_graphs import DenoiserGraphs, Sizes
 from pocketune_export.quantize import Storage
 from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
 from pocketune_export.sources import DenoiserWeights
-from pocketune_export.training import BETA1, BETA2, EPSILON
 from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
 
 EXPORTABLE = (mmdit.FAMILY, unet.SD)
@@ -225,15 +224,7 @@ class _Export:
                 flat_elements=graphs.layout.elements,
                 initial=LORA_PATH,
             ),
-            optimizer=m.Optimizer(
-                kind="adamw",
-                beta1=BETA1,
-                beta2=BETA2,
-                learning_rate=recipe.learning_rate,
-                weight_decay=recipe.weight_decay,
-                epsilon=EPSILON,
-                max_grad_norm=recipe.max_grad_norm,
-            ),
+            optimizer=optimizer_of(recipe),
             noise_schedule=schedule,
             text_encoders=encoders,
             vae=vae,

@@ -74,6 +74,27 @@ def layout_of(parameters: Mapping[str, Tensor], without: Sequence[str] = ()) -> 
     return Layout(tuple(slots))
 
 
+def without_use(model: nn.Module, parameters: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Names of the parameters whose modules a loss never runs, found on shapes alone: zeroth-order steps do not move them.
+
+    Arguments as of `without_gradient`.
+    """
+    ran: set[str] = set()
+    handles = [
+        model.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: ran.add(owner))
+        for owner in {name.rpartition(".")[0] for name in parameters}
+    ]
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            held = {**frozen_weights(model), **parameters}
+            fakes = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in held.items()}
+            with_weights(model, fakes, loss)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(name for name in parameters if name.rpartition(".")[0] not in ran)
+
+
 def without_gradient(model: nn.Module, parameters: Mapping[str, Tensor], loss: Callable[[], Tensor]) -> tuple[str, ...]:
     """Names of the parameters that a loss does not depend on, found on shapes alone.
 

@@ -144,15 +144,18 @@ class Batch(_Strict):
 
 
 class Optimizer(_Strict):
-    """AdamW as PyTorch computes it, after clipping the gradient's norm. The named inputs may be changed on the device."""
+    """AdamW as PyTorch computes it, after clipping the gradient's norm. The named inputs may be changed on the device.
 
-    kind: Literal["adamw"]
+    descent, of zeroth-order steps: parameters (1 - learning_rate weight_decay) - learning_rate gradient, and nothing else.
+    """
+
+    kind: Literal["adamw", "descent"]
     beta1: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
     beta2: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     epsilon: float = Field(gt=0)
-    max_grad_norm: float = Field(gt=0)
+    max_grad_norm: float | None = Field(gt=0, description="null: not clipped.")
 
 
 class NoiseSchedule(_Strict):

@@ -11,6 +11,7 @@ from pocketune_export.manifest import Graph, Memory
 
 _ALIASES = frozenset({"Reshape", "Identity", "Squeeze", "Unsqueeze"})
 FLOAT_BYTES = 4
+STATE = frozenset({"parameters", "exp_avg", "exp_avg_sq", "gradients"})
 
 
 def activation_bytes(content: bytes) -> int:
@@ -40,7 +41,7 @@ def activation_bytes(content: bytes) -> int:
 
 def planned_memory(graphs: Sequence[Graph]) -> Memory:
     """What the training phase needs, in one graph or block by block, from the manifest's graphs."""
-    step = next(graph for graph in graphs if graph.role == "train_step")
+    step = next(graph for graph in graphs if graph.role in ("train_step", "loss"))
     streaming = [graph for graph in graphs if graph.role in ("embed", "block_forward", "block_vjp", "head_loss", "adamw")]
     trained = {graph.block for graph in graphs if graph.role == "block_vjp"}
     kept = sum(
@@ -50,8 +51,8 @@ def planned_memory(graphs: Sequence[Graph]) -> Memory:
         for spec in graph.inputs
         if spec.name != "parameters"
     )
-    optimizer = next(graph for graph in graphs if graph.role == "adamw")
-    state = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs)
+    optimizer = next((graph for graph in graphs if graph.role == "adamw"), step)
+    state = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs if spec.name in STATE)
     return Memory(
         one_graph_anonymous=step.activation_bytes + _input_bytes(step),
         one_graph_mapped=step.weight_bytes,

@@ -25,10 +25,14 @@ MEANINGS = {
 }
 
 
+def parameter_input(elements: int) -> TensorSpec:
+    """The flat vector of `elements`."""
+    return spec("parameters", (elements,), "LoRA matrices, flat")
+
+
 def optimizer_inputs(elements: int) -> tuple[TensorSpec, ...]:
     """What AdamW takes besides gradients, for a flat vector of `elements`."""
     vectors = {
-        "parameters": "LoRA matrices, flat",
         "exp_avg": "AdamW's first moments, zeros at first",
         "exp_avg_sq": "AdamW's second moments, zeros at first",
     }
@@ -39,6 +43,7 @@ def optimizer_inputs(elements: int) -> tuple[TensorSpec, ...]:
         "max_grad_norm": "the gradient is scaled down to this norm",
     }
     return (
+        parameter_input(elements),
         *(TensorSpec(name=name, shape=(elements,), dtype="float32", meaning=text) for name, text in vectors.items()),
         TensorSpec(name="step", shape=(), dtype="int64", meaning="number of this step, 1 at first"),
         *(TensorSpec(name=name, shape=(), dtype="float32", meaning=text) for name, text in scalars.items()),
@@ -87,6 +92,15 @@ def train_step(model: nn.Module, layout: Layout, loss_of: Callable[[Named], Tens
         return {"loss": loss, "gradients": flat, **adamw({**given, "gradients": flat})}
 
     return step
+
+
+def loss_alone(model: nn.Module, layout: Layout, loss_of: Callable[[Named], Tensor]) -> Function:
+    """The loss of a step, for gradients that need nothing else. Arguments as of `train_step`."""
+
+    def loss(given: Named) -> dict[str, Tensor]:
+        return {"loss": with_weights(model, layout.split(given["parameters"]), lambda: loss_of(given))}
+
+    return loss
 
 
 def leaves(layout: Layout, flat: Tensor) -> dict[str, Tensor]:

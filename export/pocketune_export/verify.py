@@ -1,6 +1,6 @@
 """Verify a bundle: the same steps with eager PyTorch and on the edge runtime, compared by name.
 
-The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar.
+Steps of zeroth order give no gradients to compare, as theirs follow from losses. The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from pocketune.errors import FileFormatError
-from pocketune.methods.lora import add_lora
+from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
 from pocketune.step import Batch
-from pocketune.train import new_optimizer, train_step
+from pocketune.train import new_optimizer, train_step, zeroth_order_step
+from pocketune.tuning import METHODS
 from pocketune_edge.bundle import Bundle
+from pocketune_edge.delta import Adapter
 from pocketune_edge.manifest import Manifest, TensorSpec
+from pocketune_edge.session import Sessions
+from pocketune_edge.settings import Settings
+from pocketune_edge.state import fresh_state
+from pocketune_edge.steps import Mode, Stepper, stepper_of
 from pocketune_export.quantize import Storage, stored_value
-from pocketune_export.replay import Mode, Replay, State
+from pocketune_export.training import optimizer_inputs
 from pocketune_export.weights import plain_name
 
 TOLERANCE = 1e-5
@@ -41,7 +47,7 @@ class Verification:
         mode: how the bundle was run.
         steps: how many.
         loss: of the loss.
-        gradients: of each parameter's gradient, by name.
+        gradients: of each parameter's gradient, by name; empty for steps of zeroth order.
         parameters: of each parameter, by name.
     """
 
@@ -52,9 +58,9 @@ class Verification:
     parameters: Mapping[str, float]
 
     @property
-    def worst_gradient(self) -> str:
-        """The name with the largest difference."""
-        return max(self.gradients, key=self.gradients.__getitem__)
+    def worst_gradient(self) -> str | None:
+        """The name with the largest difference; None where there are no gradients."""
+        return max(self.gradients, key=self.gradients.__getitem__, default=None)
 
     @property
     def worst_parameter(self) -> str:
@@ -98,31 +104,49 @@ def verify(
     recipe = Recipe.create(**manifest.recipe)
     skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]
     plan = BlockPlan(manifest.model.block_count, tuple(skipped))
-    adapter, parameters = eager_model(bundle, folder, plan, recipe)
+    adapter, tuned = eager_model(bundle, folder, plan, recipe)
+    parameters = tuned.parameters
     names = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
     gradients: dict[str, Tensor] = {}
     for name in names:
         _keep_gradient(parameters[name], name, gradients)
     optimizer = new_optimizer(parameters, recipe)
-    replay = Replay(bundle, mode)
-    state = State.start(torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy())
+    take_step = open_steps(bundle, mode)
+    start = torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy()
+    state = fresh_state(Adapter(start, {}))
     worst = _Worst()
     for number in range(1, steps + 1):
         batch = random_batch(manifest, seed=seed + number)
-        loss = train_step(adapter, parameters, plan, recipe, as_batch(manifest, batch), optimizer)
-        result = replay.step(state, {name: tensor.numpy() for name, tensor in batch.items()}, number=number)
+        if recipe.gradient == "zeroth_order":
+            loss = zeroth_order_step(adapter, tuned, plan, recipe, as_batch(manifest, batch), optimizer, step=number - 1)
+        else:
+            loss = train_step(adapter, parameters, plan, recipe, as_batch(manifest, batch), optimizer)
+        result = take_step(state, [{name: tensor.numpy() for name, tensor in batch.items()}])
         state = result.state
-        worst.loss = max(worst.loss, abs(loss - result.loss) / abs(loss))
-        largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+        worst.loss = max(worst.loss, abs(loss - state.losses[-1]) / abs(loss))
+        largest = max((float(gradient.abs().max()) for gradient in gradients.values()), default=0.0)
         for parameter in manifest.lora.parameters:
             if parameter.offset is not None:
                 place = slice(parameter.offset, parameter.offset + parameter.shape[0] * parameter.shape[1])
-                expected = gradients[parameter.name].reshape(-1).numpy()
-                worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / largest)
+                if gradients:
+                    expected = gradients[parameter.name].reshape(-1).numpy()
+                    worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / largest)
                 expected = parameters[parameter.name].detach().reshape(-1).numpy()
                 worst.see(worst.parameters, parameter.name, np.abs(expected - state.parameters[place]).max())
         on_step(number, steps)
     return Verification(mode, steps, worst.loss, worst.gradients, worst.parameters)
+
+
+def open_steps(bundle: Bundle, mode: Mode = "one graph", *, threads: int = 1) -> Stepper:
+    """The steps of a bundle on the device runtime, from any inputs.
+
+    Args:
+        bundle: checked.
+        mode: by one graph, which stays open, or by the graphs of single blocks, each opened, run and closed.
+        threads: of ONNX Runtime.
+    """
+    sessions = Sessions(bundle, keep=mode == "one graph", threads=threads)
+    return stepper_of(sessions, Settings.of(bundle.manifest.recipe), mode=mode)
 
 
 def random_batch(manifest: Manifest, *, seed: int) -> dict[str, Tensor]:
@@ -188,17 +212,16 @@ class _Worst:
 def _batch_specs(manifest: Manifest) -> list[TensorSpec]:
     """Inputs of the training step and of the embedding: a graph lacks what it does not need."""
     streaming_inputs = [spec for spec in manifest.graph("embed").inputs if spec.name != "noisy"]
-    optimizer = {spec.name for spec in manifest.graph("adamw").inputs}
-    return [spec for spec in manifest.graph("train_step").inputs if spec.name not in optimizer] + streaming_inputs
+    optimizer = {spec.name for spec in optimizer_inputs(manifest.lora.flat_elements)}
+    return [spec for spec in manifest.step_graph.inputs if spec.name not in optimizer] + streaming_inputs
 
 
 def eager_model(
     bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe
-) -> tuple[DenoiserAdapter, dict[str, nn.Parameter]]:
-    """The PyTorch model with a fresh adapter, its frozen weights rounded as the bundle stores them."""
+) -> tuple[DenoiserAdapter, Tuned]:
+    """The PyTorch model with what trains, its frozen weights rounded as the bundle stores them."""
     adapter = folder.load_denoiser(dtype=torch.float32, device=torch.device("cpu"), blocks=plan.kept)
-    targets = bundle.manifest.lora.targets
-    parameters = add_lora(adapter, blocks=plan.kept, rank=recipe.rank, targets=targets, seed=recipe.seed)
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)
     storages = stored_as(bundle, f"{folder.family.component}.")
     block = bundle.manifest.weights.block
     with torch.no_grad():
@@ -206,7 +229,7 @@ def eager_model(
             storage = storages.get(plain_name(name), "fp32")
             if storage != "fp32":
                 tensor.copy_(torch.from_numpy(stored_value(tensor.numpy(), storage=storage, block=block)))
-    return adapter, parameters
+    return adapter, tuned
 
 
 def stored_as(bundle: Bundle, prefix: str) -> dict[str, Storage]:

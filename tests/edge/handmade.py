@@ -23,8 +23,6 @@ RECIPE = {
     "steps": 5,
     "batch_size": 1,
     "learning_rate": 1e-3,
-    "weight_decay": 1e-4,
-    "max_grad_norm": 1.0,
     "weighting_scheme": "logit_normal",
     "logit_mean": 0.0,
     "logit_std": 1.0,
@@ -33,6 +31,11 @@ RECIPE = {
     "checkpoint_every": 2,
     "sample_steps": 2,
     "guidance_scale": 7.0,
+    "gradient": "backprop",
+    "zo_learning_rate": 1e-4,
+    "zo_epsilon": 1e-2,
+    "zo_queries": 1,
+    "zo_two_sided": True,
 }
 
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_of_ours_is_one_of_torch(tuned: Tuned, tiny_model: ModelFol
     vectors = [rng.standard_normal(start.flat.shape).astype(np.float32) for _ in range(3)]
     folder = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f")
     for steps in range(1, 5):
-        folder.save(State(vectors[0], vectors[1], np.abs(vectors[2]), (1.0,) * steps, start.fixed))
+        folder.save(State(vectors[0], vectors[1], np.abs(vectors[2]), (1.0,) * steps, start.fixed, steps))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000003.safetensors", "step-000004.safetensors"]
 
     adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU)

@@ -8,8 +8,9 @@ import pytest
 
 from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle
-from pocketune_export.replay import Replay, State
-from pocketune_export.verify import TOLERANCE, random_batch, verify
+from pocketune_edge.delta import Adapter
+from pocketune_edge.state import fresh_state
+from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
 from tests.export.conftest import Exporting
 
 STEPS = 20
@@ -29,8 +30,8 @@ def test_storages_differ(bundles: Mapping[str, Bundle]) -> None:
     losses = {}
     for name, bundle in bundles.items():
         given = {key: tensor.numpy() for key, tensor in random_batch(bundle.manifest, seed=3).items()}
-        state = State.start(np.full(bundle.manifest.lora.flat_elements, 0.01, np.float32))
-        losses[name] = Replay(bundle).step(state, given, number=1).loss
+        state = fresh_state(Adapter(np.full(bundle.manifest.lora.flat_elements, 0.01, np.float32), {}))
+        losses[name] = open_steps(bundle)(state, [given]).state.losses[0]
     assert len(set(losses.values())) == len(losses)
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-3)
     assert losses["int4"] == pytest.approx(losses["fp32"], rel=0.2)
@@ -39,13 +40,14 @@ def test_storages_differ(bundles: Mapping[str, Bundle]) -> None:
 @pytest.mark.parametrize("storage", ["fp32", "int4"])
 def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str) -> None:
     bundle = bundles[storage]
-    whole, parts = Replay(bundle), Replay(bundle, "streaming")
+    whole, parts = open_steps(bundle), open_steps(bundle, "streaming")
     generator = np.random.default_rng(1)
-    state = State.start((generator.standard_normal(bundle.manifest.lora.flat_elements) * 0.05).astype(np.float32))
+    start = (generator.standard_normal(bundle.manifest.lora.flat_elements) * 0.05).astype(np.float32)
+    state = fresh_state(Adapter(start, {}))
     for number in (1, 2):
         given = {name: tensor.numpy() for name, tensor in random_batch(bundle.manifest, seed=number).items()}
-        first, second = (replay.step(state, given, number=number) for replay in (whole, parts))
-        assert second.loss == pytest.approx(first.loss, rel=1e-6)
+        first, second = (take_step(state, [given]) for take_step in (whole, parts))
+        assert second.state.losses == pytest.approx(first.state.losses, rel=1e-6)
         largest = np.abs(first.gradients).max()
         np.testing.assert_allclose(second.gradients, first.gradients, rtol=0, atol=1e-6 * largest)
         np.testing.assert_allclose(second.state.parameters, first.state.parameters, rtol=0, atol=TOLERANCE)

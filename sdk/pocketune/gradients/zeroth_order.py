@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketune.errors import PlanError
 from pocketune.gradients.base import Estimate, Loss
-from pocketune.sampling.philox import Stream, normals
+from pocketune.sampling.directions import Directions, Probing
 
 Direction = Callable[[str], Tensor]
 """Of each parameter by name: standard normal numbers in its shape."""
@@ -43,9 +43,7 @@ class ZerothOrder:
         """
         self._model = model
         self._seed = seed
-        self._queries = queries
-        self._epsilon = epsilon
-        self._two_sided = two_sided
+        self._probing = Probing(queries=queries, epsilon=epsilon, two_sided=two_sided)
 
     @torch.no_grad()
     def __call__(self, loss: Loss, parameters: Mapping[str, nn.Parameter], *, step: int) -> Estimate:
@@ -54,26 +52,17 @@ class ZerothOrder:
         Raises:
             PlanError: the loss used none of the parameters.
         """
-        directions = [self.direction(parameters, step=step, query=query) for query in range(self._queries)]
+        directions = [self.direction(parameters, step=step, query=query) for query in range(self._probing.queries)]
         used: set[str] = set()
-
-        def loss_along(direction: Direction, scale: float) -> float:
-            with perturbed(self._model, parameters, direction, scale=scale) as met:
-                value = loss().item()
+        losses = []
+        for query, scale in self._probing.points:
+            if not scale:
+                losses.append(loss().item())
+                continue
+            with perturbed(self._model, parameters, directions[query], scale=scale) as met:
+                losses.append(loss().item())
             used.update(met)
-            return value
-
-        centre = 0.0 if self._two_sided else loss().item()
-        slopes, losses = [], []
-        for direction in directions:
-            ahead = loss_along(direction, self._epsilon)
-            if self._two_sided:
-                behind = loss_along(direction, -self._epsilon)
-                slopes.append((ahead - behind) / (2 * self._epsilon))
-                losses.append((ahead + behind) / 2)
-            else:
-                slopes.append((ahead - centre) / self._epsilon)
-                losses.append(centre)
+        value, slopes = self._probing.slopes(losses)
         if not used:
             msg = "the loss used none of the trained parameters, so it has no slope. Train blocks that are not skipped."
             raise PlanError(msg)
@@ -87,16 +76,15 @@ class ZerothOrder:
                 total.add_(direction(name), alpha=slope / len(slopes))
             return total
 
-        return Estimate(sum(losses) / len(losses), gradient)
+        return Estimate(value, gradient)
 
     def direction(self, parameters: Mapping[str, nn.Parameter], *, step: int, query: int) -> Direction:
         """The direction of a query of a step, as a function of the parameter's name."""
-        numbers = {name: number for number, name in enumerate(sorted(parameters))}
-        index = step * self._queries + query
+        directions = Directions(parameters, seed=self._seed, queries=self._probing.queries)
 
         def along(name: str) -> Tensor:
             like = parameters[name]
-            values = normals(self._seed, Stream.PERTURBATION, tuple(like.shape), purpose=numbers[name], index=index)
+            values = directions.along(name, tuple(like.shape), step=step, query=query)
             return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
 
         return along

@@ -1,0 +1,61 @@
+"""The law of zeroth-order bundles: they take the very steps that PyTorch takes, and hold nothing for going backwards."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from pocketune.models.load import ModelFolder
+from pocketune_edge.bundle import Bundle
+from pocketune_edge.delta import start_values
+from pocketune_edge.state import fresh_state
+from pocketune_edge.steps import Mode
+from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
+from tests.export.conftest import Exporting
+
+KINDS: dict[str, dict[str, object]] = {
+    "descent": {"zo_learning_rate": 1e-2, "skip": "1"},
+    # Adam divides by gradients of any size, so rounding moves parameters in proportion to the learning rate.
+    "adam": {"zo_optimizer": "adam", "zo_queries": 2, "zo_two_sided": False},
+}
+
+
+@pytest.fixture(scope="module")
+def bundles(export_small: Exporting) -> Mapping[str, Bundle]:
+    return {name: export_small(gradient="zeroth_order", **changes)["fp32"] for name, changes in KINDS.items()}
+
+
+@pytest.mark.parametrize("mode", ["one graph", "streaming"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_equal_pytorch(bundles: Mapping[str, Bundle], small_model: ModelFolder, kind: str, mode: Mode) -> None:
+    found = verify(bundles[kind], model=small_model.path, steps=20, mode=mode)
+    assert found.passed, (found.worst_parameter, found.parameters[found.worst_parameter], found.loss)
+    assert not found.gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_move_parameters_by_far_more_than_the_tolerance(bundles: Mapping[str, Bundle], kind: str) -> None:
+    state, take_step = fresh_state(start := start_values(bundles[kind])), open_steps(bundles[kind])
+    for number in range(20):
+        given = {name: tensor.numpy() for name, tensor in random_batch(bundles[kind].manifest, seed=number).items()}
+        state = take_step(state, [given]).state
+    assert np.abs(state.parameters - start.flat).max() > 50 * TOLERANCE
+    assert state.updates == (20 if kind == "adam" else 0)
+
+
+def test_only_forward_graphs_are_there(bundles: Mapping[str, Bundle]) -> None:
+    for kind, bundle in bundles.items():
+        roles = {graph.role for graph in bundle.manifest.graphs}
+        assert "loss" in roles and not roles & {"train_step", "block_vjp"}
+        assert ("adamw" in roles) == (kind == "adam")
+        assert [output.name for output in bundle.manifest.graph("head_loss").outputs] == ["loss"]
+
+
+def test_parts_of_a_batch_add_up(bundles: Mapping[str, Bundle]) -> None:
+    """Two parts of half the weight are one part: the slope is that of the sum of losses."""
+    bundle = bundles["descent"]
+    state, take_step = fresh_state(start_values(bundle)), open_steps(bundle)
+    given = {name: tensor.numpy() for name, tensor in random_batch(bundle.manifest, seed=1).items()}
+    half = given | {"loss_weights": given["loss_weights"] / 2}
+    whole, halves = take_step(state, [given]), take_step(state, [half, half])
+    np.testing.assert_allclose(halves.state.parameters, whole.state.parameters, rtol=0, atol=TOLERANCE)
