@@ -101,9 +101,7 @@ class Denoiser:
         """The loss of each part, with one block in memory at a time. Arguments as of `losses_and_gradients`."""
         return [float(found["loss"]) for found in self._losses(self._run(batches, parameters), batches)]
 
-    def losses_and_gradients(
-        self, batches: Sequence[Values], parameters: Sequence[Floats]
-    ) -> tuple[list[float], list[Floats]]:
+    def losses_and_gradients(self, batches: Sequence[Values], parameters: Sequence[Floats]) -> tuple[list[float], list[Floats]]:
         """The loss of each part and its gradient, with one block in memory at a time.
 
         Each trained block's activations are computed again on the way back, from what entered it.

@@ -49,7 +49,6 @@ class State:
         """The LoRA as it is now."""
         return Adapter(self.parameters, self.fixed)
 
-
     def after(self, loss: float, parameters: Floats, moments: tuple[Floats, Floats] | None = None) -> State:
         """The state after one more step; `moments` are those of AdamW, where it took the step."""
         updates = self.updates + (moments is not None)

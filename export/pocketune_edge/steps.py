@@ -96,7 +96,7 @@ class Backprop:
             found = self._sessions.run(self._way.graph, {**given, **parts[0]})
             return Stepped(_updated(state, found, float(found["loss"])), _floats(found["gradients"]))
         losses, gradients = self._way.losses_and_gradients(parts, [state.parameters] * len(parts))
-        total = np.sum(gradients, axis=0, dtype=np.float32)
+        total = _floats(np.stack(gradients).sum(axis=0))
         return Stepped(adamw(self._sessions, self._settings, state, total, _sum(losses)), total)
 
 
@@ -109,9 +109,7 @@ class ZerothOrder:
     def __init__(self, sessions: Sessions, settings: Settings, way: Losses) -> None:
         """Use sessions of any bundle that can compute losses."""
         self._sessions, self._settings, self._way = sessions, settings, way
-        self._probing = Probing(
-            queries=settings.zo_queries, epsilon=settings.zo_epsilon, two_sided=settings.zo_two_sided
-        )
+        self._probing = Probing(queries=settings.zo_queries, epsilon=settings.zo_epsilon, two_sided=settings.zo_two_sided)
         self._lora = sessions.bundle.manifest.lora
         names = [parameter.name for parameter in self._lora.parameters]
         self._directions = Directions(names, seed=settings.seed, queries=settings.zo_queries)

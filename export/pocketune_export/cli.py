@@ -19,8 +19,8 @@ from pocketune.progress import Progress
 from pocketune.recipe import Recipe
 
 if TYPE_CHECKING:
-    from pocketune_export.manifest import Manifest
     from pocketune_edge.steps import Mode
+    from pocketune_export.manifest import Manifest
     from pocketune_export.verify import Verification
 
 app = typer.Typer(pretty_exceptions_enable=False)

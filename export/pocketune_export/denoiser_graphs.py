@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pocketune.models.base import Context, DenoiserAdapter, Prompt, SkipConnected, Streams
+from pocketune.models.base import Context, DenoiserAdapter, SkipConnected, Streams
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
-from pocketune.step import Batch, Objective
+from pocketune.step import Batch
 from pocketune.train import loss_of, output_loss
+from pocketune_export.agreement import Role
 from pocketune_export.capture import Capture, capture, with_weights
 from pocketune_export.layout import Layout, layout_of, without_gradient, without_use
 from pocketune_export.manifest import TensorSpec
+from pocketune_export.step_inputs import Sizes, batch_inputs, prompt_of
 from pocketune_export.streams import CONTEXT_MEANINGS, by_name, context_by_name, context_of, place_of, stream_name
 from pocketune_export.training import (
     MEANINGS,
@@ -30,21 +31,6 @@ from pocketune_export.training import (
     train_step,
 )
 from pocketune_export.writer import Traced
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The static sizes of a step: rows of a batch, latent (channels, height, width), text tokens and widths; and its objective.
-
-    A pooled width of 0 stands for a denoiser that takes no pooled text.
-    """
-
-    rows: int
-    latents: tuple[int, int, int]
-    text_tokens: int
-    text_width: int
-    pooled_width: int
-    objective: Objective
 
 
 class DenoiserGraphs:
@@ -122,18 +108,18 @@ class DenoiserGraphs:
             yield from self._trace_vjps()
         if self._backpropagates or self._recipe.zo_optimizer == "adam":
             yield Traced("adamw", "adamw", None, whole, self._capture_adamw())
-        step = "train_step" if self._backpropagates else "loss"
+        step: Role = "train_step" if self._backpropagates else "loss"
         yield Traced(step, step, None, whole, self._capture_step())
 
     def _capture_embed(self) -> Capture:
         def embed(given: Named) -> dict[str, Tensor]:
-            prompt = _prompt(given)
+            prompt = prompt_of(given)
             context = self._adapter.context(given["noisy"], given["timesteps"], prompt)
             return context_by_name(context) | by_name(self._adapter, self._adapter.embed(given["noisy"], prompt))
 
         names = (stream_name(self._adapter, place) for place in range(len(self._adapter.stream_names) + 1))
         meanings = CONTEXT_MEANINGS | {name: f"the {name} stream that enters block 0" for name in names}
-        sample = self._batch_inputs()
+        sample = batch_inputs(self._sizes)
         noisy = spec("noisy", sample["latents"].shape, "alpha latents + sigma noise")
         taken = (sample[name] for name in ("timesteps", "prompt_hidden", "prompt_pooled") if name in sample)
         return capture(self._model, embed, (noisy, *taken), meanings)
@@ -242,7 +228,7 @@ class DenoiserGraphs:
                 return {"loss": loss}
             return {"loss": loss, "grad_image": torch.autograd.grad(loss, [image])[0]}
 
-        sample = self._batch_inputs()
+        sample = batch_inputs(self._sizes)
         taken = (sample[name] for name in ("latents", "noise", "sigmas", "alphas", "loss_weights") if name in sample)
         meanings = MEANINGS | {"grad_image": "of the loss, for the image stream"}
         return capture(self._model, head_loss, (*self._head_inputs(), *taken), meanings)
@@ -256,7 +242,7 @@ class DenoiserGraphs:
             return loss_of(self._adapter, self._plan, self._recipe, self._batch(given))
 
         features = [feature for span in self._plan.spans for feature in self.features(span)]
-        taken = (*self._batch_inputs().values(), *features)
+        taken = (*batch_inputs(self._sizes).values(), *features)
         if not self._backpropagates:
             inputs = (parameter_input(self.layout.elements), *taken)
             return capture(self._model, loss_alone(self._model, self.layout, loss), inputs, MEANINGS)
@@ -264,7 +250,7 @@ class DenoiserGraphs:
         return capture(self._model, train_step(self._model, self.layout, loss), inputs, MEANINGS)
 
     def _loss_of_nothing(self) -> Tensor:
-        inputs = [*self._batch_inputs().values(), *(out for span in self._plan.spans for out in self.features(span))]
+        inputs = [*batch_inputs(self._sizes).values(), *(out for span in self._plan.spans for out in self.features(span))]
         batch = self._batch({out.name: torch.empty(out.shape) for out in inputs})
         return loss_of(self._adapter, self._plan, self._recipe, batch)
 
@@ -280,7 +266,7 @@ class DenoiserGraphs:
             sigmas=given["sigmas"],
             alphas=given.get("alphas"),
             objective=self._sizes.objective,
-            prompt=_prompt(given),
+            prompt=prompt_of(given),
             loss_weights=given["loss_weights"],
             features=features if self._recipe.use_residuals else {},
         )
@@ -296,31 +282,9 @@ class DenoiserGraphs:
         image = self._entering[-1]["image"]
         return spec("image", image.shape, "the image stream that leaves the last block"), *self._context_inputs
 
-    def _batch_inputs(self) -> dict[str, TensorSpec]:
-        sizes = self._sizes
-        rows = sizes.rows
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            "latents": ((rows, *sizes.latents), "clean, scaled and shifted"),
-            "noise": ((rows, *sizes.latents), "Gaussian"),
-            "timesteps": ((rows,), "as the denoiser takes them"),
-            "sigmas": ((rows,), "share of noise at each timestep"),
-            "prompt_hidden": ((rows, sizes.text_tokens, sizes.text_width), "encoded text"),
-            "prompt_pooled": ((rows, sizes.pooled_width), "encoded text, pooled"),
-            "loss_weights": ((rows,), "1 / photos for a photo, prior_loss_weight / class_images for a class image"),
-        }
-        if not sizes.pooled_width:
-            del shapes["prompt_pooled"]
-        if sizes.objective != "flow":
-            shapes["alphas"] = ((rows,), "share of the clean latents at each timestep")
-        return {name: spec(name, shape, meaning) for name, (shape, meaning) in shapes.items()}
-
 
 def _feature_prefix(span: Span) -> str:
     return f"features_{span.start}_{span.stop}_"
-
-
-def _prompt(given: Named) -> Prompt:
-    return Prompt(hidden=given.get("prompt_hidden", torch.empty(0)), pooled=given.get("prompt_pooled"))
 
 
 def _unwrap(model: nn.Module, names: Iterable[str]) -> None:

@@ -25,16 +25,18 @@ from pocketune.plan.select import selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
+from pocketune.sampling.directions import Probing
 from pocketune_export import manifest as m
 from pocketune_export.agreement import Role
 from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
 from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of
-from pocketune_export.denoiser_graphs import DenoiserGraphs, Sizes
+from pocketune_export.denoiser_graphs import DenoiserGraphs
 from pocketune_export.quantize import Storage
 from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
 from pocketune_export.sources import DenoiserWeights
+from pocketune_export.step_inputs import Sizes
 from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
 
 EXPORTABLE = (mmdit.FAMILY, unet.SD)
@@ -141,7 +143,12 @@ class _Export:
         encoders, text = self._text_encoders()
         vae = self._vae()
         described = self._denoiser(text, schedule, encoders, vae)
-        return tuple(writer.finish(described) for writer in self._writers)
+        points = len(self._probing().points) if self._recipe.gradient == "zeroth_order" else 1
+        return tuple(writer.finish(described, points=points) for writer in self._writers)
+
+    def _probing(self) -> Probing:
+        recipe = self._recipe
+        return Probing(queries=recipe.zo_queries, epsilon=recipe.zo_epsilon, two_sided=recipe.zo_two_sided)
 
     def _text_encoders(self) -> tuple[tuple[m.TextEncoder, ...], TextSizes]:
         captures: dict[int, Capture] = {}

@@ -39,12 +39,18 @@ def activation_bytes(content: bytes) -> int:
     return peak
 
 
-def planned_memory(graphs: Sequence[Graph]) -> Memory:
-    """What the training phase needs, in one graph or block by block, from the manifest's graphs."""
+def planned_memory(graphs: Sequence[Graph], *, points: int = 1) -> Memory:
+    """What the training phase needs, in one graph or block by block, from the manifest's graphs.
+
+    Args:
+        graphs: all of them.
+        points: where a zeroth-order step measures the loss, each with parameters of its own; 1 for backpropagation.
+    """
     step = next(graph for graph in graphs if graph.role in ("train_step", "loss"))
     streaming = [graph for graph in graphs if graph.role in ("embed", "block_forward", "block_vjp", "head_loss", "adamw")]
     trained = {graph.block for graph in graphs if graph.role == "block_vjp"}
-    kept = sum(
+    entering = next(graph for graph in graphs if graph.role == "embed").outputs
+    kept = (points - 1) * sum(spec.elements * FLOAT_BYTES for spec in entering) + sum(
         spec.elements * FLOAT_BYTES
         for graph in graphs
         if graph.role == "block_forward" and graph.block in trained
@@ -52,7 +58,8 @@ def planned_memory(graphs: Sequence[Graph]) -> Memory:
         if spec.name != "parameters"
     )
     optimizer = next((graph for graph in graphs if graph.role == "adamw"), step)
-    state = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs if spec.name in STATE)
+    vectors = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs if spec.name in STATE)
+    state = vectors + (points - 1) * sum(spec.elements * FLOAT_BYTES for spec in step.inputs if spec.name == "parameters")
     return Memory(
         one_graph_anonymous=step.activation_bytes + _input_bytes(step),
         one_graph_mapped=step.weight_bytes,

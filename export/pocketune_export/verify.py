@@ -1,6 +1,7 @@
 """Verify a bundle: the same steps with eager PyTorch and on the edge runtime, compared by name.
 
-Steps of zeroth order give no gradients to compare, as theirs follow from losses. The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar.
+The frozen weights of the PyTorch model are first rounded as the bundle stores them, so that int8 and int4 meet the same bar. Of
+steps of zeroth order, whose gradients follow from losses, losses and parameters are compared.
 """
 
 from __future__ import annotations
@@ -216,9 +217,7 @@ def _batch_specs(manifest: Manifest) -> list[TensorSpec]:
     return [spec for spec in manifest.step_graph.inputs if spec.name not in optimizer] + streaming_inputs
 
 
-def eager_model(
-    bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe
-) -> tuple[DenoiserAdapter, Tuned]:
+def eager_model(bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe) -> tuple[DenoiserAdapter, Tuned]:
     """The PyTorch model with what trains, its frozen weights rounded as the bundle stores them."""
     adapter = folder.load_denoiser(dtype=torch.float32, device=torch.device("cpu"), blocks=plan.kept)
     tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)

@@ -118,8 +118,8 @@ class BundleWriter:
         (self._folder / path).write_bytes(content)
         self._files.append(path)
 
-    def finish(self, described: Described) -> m.Manifest:
-        """Close the weight files and write the manifest."""
+    def finish(self, described: Described, *, points: int = 1) -> m.Manifest:
+        """Close the weight files and write the manifest; points: where a zeroth-order step measures the loss, else 1."""
         files = [m.File(path=path, bytes=size, sha256=digest) for path, (size, digest) in self._store.close().items()]
         files += [describe_file(self._folder, path) for path in self._files]
         manifest = m.Manifest(
@@ -129,7 +129,7 @@ class BundleWriter:
             opset=OPSET,
             **vars(described),
             weights=m.Weights(storage=self._store.wanted, block=self._store.block),
-            memory=planned_memory(self._graphs),
+            memory=planned_memory(self._graphs, points=points),
             graphs=tuple(self._graphs),
             files=tuple(sorted(files, key=lambda file: file.path)),
         )

@@ -8,8 +8,8 @@ from pocketune.recipe import Recipe
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.errors import SettingError
 from pocketune_edge.settings import settings_of
-from pocketune_export.exporter import export_trainable
 from pocketune_edge.steps import Mode
+from pocketune_export.exporter import export_trainable
 from pocketune_export.verify import TOLERANCE, verify
 from tests.tiny_models import build
 
