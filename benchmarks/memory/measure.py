@@ -29,6 +29,7 @@ from pocketune.step import Batch, predict
 from pocketune.train import train
 from pocketune.tuning import METHODS
 from pocketune.weights.fill import RESIDENT, Residence
+from pocketune.weights.layers import PackedLayer
 
 RANK = 16
 
@@ -65,6 +66,7 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     return {
         **identity_of(name, job),
         **found,
+        "packed_bytes": _packed_bytes(adapter),
         "steps": steps,
         "peak_rss_bytes": read_peak_rss(),
         "peak_anonymous_bytes": max(reading.anonymous_bytes for reading in peaks.values()),
@@ -134,6 +136,12 @@ def _infer(
         marks.append(_now())
     adapted = sum(parameter.numel() for parameter in tuned.parameters.values())
     return {"trained_parameters": 0, "adapter_parameters": adapted, "finite": finite, "spilled_bytes_per_step": 0}
+
+
+def _packed_bytes(adapter: DenoiserAdapter) -> int:
+    """Of weights that are held in few bits."""
+    layers = [module for module in adapter.model.modules() if isinstance(module, PackedLayer)]
+    return sum(buffer.nbytes for layer in layers for buffer in layer.buffers(recurse=False))
 
 
 def _now() -> tuple[float, float]:

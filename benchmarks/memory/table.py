@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks.memory.jobs import JOBS
 from benchmarks.rows import Row
@@ -43,10 +43,30 @@ def memory_table(rows: Sequence[Row]) -> str:
             row["compared"] or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    comparisons = [line for name in order for line in _comparison(name, newest)]
+    if comparisons:
+        lines += ["", "| compared | with | ratio | promised |", "|---|---|---|---|", *comparisons]
     for name in order:
         if "phase_peak_rss_bytes" in newest[name]:
             lines += ["", *_phases(newest[name])]
     return "\n".join([*lines, ""])
+
+
+def _comparison(name: str, rows: Mapping[str, Row]) -> list[str]:
+    """How a job's peak compares with what is promised it is near to; nothing where that was not measured."""
+    job, row = JOBS.get(name), rows[name]
+    if job is None or job.bound_ratio is None:
+        return []
+    if job.whole:
+        title, reference = "its training phase", row["phase_peak_rss_bytes"]["training"]
+    elif job.against in rows:
+        other = rows[job.against]
+        packed = row.get("packed_bytes", 0) - other.get("packed_bytes", 0)
+        title, reference = other["title"], other["peak_rss_bytes"] + packed
+        title += f", and {_mb(packed)} MB of packed weights" if packed else ""
+    else:
+        return []
+    return [f"| {row['title']} | {title} | {row['peak_rss_bytes'] / reference:.2f} | {job.bound_ratio:.2f} |"]
 
 
 def _phases(row: Row) -> list[str]:

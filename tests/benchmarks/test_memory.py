@@ -80,6 +80,13 @@ def test_table_takes_the_newest_row_of_each_job(tmp_path: Path) -> None:
     assert memory_table([]) == ""
 
 
+def test_table_compares_a_job_with_the_one_it_must_be_near_to() -> None:
+    rows = [row("sd15-512-ram", 6e8), row("sd15-512-tuneqdm8", 15.4e8) | {"packed_bytes": 8e8}]
+    table = memory_table(rows)
+    assert "and 800 MB of packed weights | 1.10 | 1.15 |" in table
+    assert "1.15" not in memory_table(rows[1:])
+
+
 def test_inference_runs_the_model_forward_and_trains_nothing(tiny_folder: Path) -> None:
     settings = {"weights": "streamed"}
     job = Job(title="tiny", model="tiny", resolution=64, text_tokens=20, settings=settings, inference=True)
