@@ -41,6 +41,17 @@ def build(name: str, folder: Path) -> Path:
     return folder
 
 
+def small_unet(name: str, folder: Path) -> Path:
+    """The tiny pipeline of a U-Net with one layer a stage, that is seven blocks, the middle being block 2."""
+    pipeline = StableDiffusionPipeline.from_pretrained(build(name, folder / name), safety_checker=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 1})
+    pipeline.register_modules(unet=unet)
+    pipeline.save_pretrained(folder / "small")
+    return folder / "small"
+
+
 def autoencoder(**changes: Any) -> AutoencoderKL:
     settings: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pocketune.sampling.draws import Crop, Draw, Kind, cut, noise_for
-from pocketune_edge.manifest import Manifest, NoiseSchedule
+from pocketune_edge.manifest import Manifest
+from pocketune_edge.noise import training_levels
 from pocketune_edge.session import Array, Sessions
-from pocketune_edge.text import Prompt
+from pocketune_edge.text import Prompt, stack
 
 CropKey = tuple[Kind, int, Crop]
 
@@ -46,15 +47,6 @@ def encode_crops(
     return posteriors
 
 
-def schedule(noise: NoiseSchedule) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The training timesteps and sigmas, noisiest first, in diffusers' own order of float32 operations."""
-    count = np.float32(noise.train_timesteps)
-    sigmas = np.arange(noise.train_timesteps, 0, -1).astype(np.float32) / count
-    shift = np.float32(noise.shift)
-    sigmas = shift * sigmas / (np.float32(1.0) + np.float32(noise.shift - 1) * sigmas)
-    return sigmas * count, sigmas
-
-
 class BatchMaker:
     """Builds the graph inputs of given draws."""
 
@@ -70,7 +62,7 @@ class BatchMaker:
         self._rows = manifest.batch.rows
         self._posteriors = posteriors
         self._prompts = prompts
-        self._timesteps, self._sigmas = schedule(manifest.noise_schedule)
+        self._levels = training_levels(manifest.noise_schedule)
         self._weights: dict[Kind, float] = {"instance": 1.0, "class": prior_loss_weight}
 
     def __call__(self, draws: Sequence[Draw], features: Sequence[Mapping[str, Array]] = ()) -> list[dict[str, Array]]:
@@ -99,15 +91,15 @@ class BatchMaker:
     def _stack(self, draws: Sequence[Draw]) -> dict[str, Array]:
         latents, noises = zip(*(self._latents(draw) for draw in draws), strict=True)
         indices = [draw.timestep_index for draw in draws]
-        prompts = [self._prompts[draw.kind] for draw in draws]
-        return {
+        stacked = {
             "latents": np.concatenate(latents),
             "noise": np.concatenate(noises),
-            "timesteps": self._timesteps[indices],
-            "sigmas": self._sigmas[indices],
-            "prompt_hidden": np.concatenate([prompt.hidden for prompt in prompts]),
-            "prompt_pooled": np.concatenate([prompt.pooled for prompt in prompts]),
+            "timesteps": self._levels.timesteps[indices],
+            "sigmas": self._levels.sigmas[indices],
         }
+        if self._levels.alphas is not None:
+            stacked["alphas"] = self._levels.alphas[indices]
+        return stacked | stack([self._prompts[draw.kind] for draw in draws])
 
     def _latents(self, draw: Draw) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         posterior = self._posteriors[draw.kind, draw.image, draw.crop]

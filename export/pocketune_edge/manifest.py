@@ -1,4 +1,7 @@
-"""The manifest of a bundle, read without pydantic; what each field means is told in `docs/bundle.md` and its JSON Schema."""
+"""The manifest of a bundle, read without pydantic; what each field means is told in `docs/bundle.md` and its JSON Schema.
+
+Fields with defaults are newer than schema 1.0; the default is what bundles meant that did not have the field.
+"""
 
 from __future__ import annotations
 
@@ -139,6 +142,15 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class DdimSteps:
+    """Where the steps of DDIM lie."""
+
+    spacing: Literal["leading", "trailing", "linspace"]
+    offset: Count
+    final_signal: Annotated[float, Rule(above=0, high=1)]
+
+
+@dataclass(frozen=True)
 class NoiseSchedule:
     """Which noise a timestep has."""
 
@@ -147,6 +159,7 @@ class NoiseSchedule:
     train_timesteps: Size
     shift: Positive
     signal: tuple[Share, ...] | None
+    ddim: DdimSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -243,6 +256,7 @@ class Manifest:
     memory: Memory
     graphs: Annotated[tuple[Graph, ...], _SOME]
     files: Annotated[tuple[File, ...], _SOME]
+    schema_minor: Count = 0
 
     @property
     def step_graph(self) -> Graph:

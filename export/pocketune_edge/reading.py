@@ -8,7 +8,7 @@ from typing import Any
 from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.strict import MisfitError, read
-from pocketune_export.agreement import SCHEMA_VERSION, graph_faults, parameter_faults, plan_faults, tensor_faults
+from pocketune_export.agreement import SCHEMA_MINOR, SCHEMA_VERSION, graph_faults, parameter_faults, plan_faults, tensor_faults
 
 MAX_MANIFEST_BYTES = 32 * 2**20
 
@@ -35,8 +35,13 @@ def read_manifest(content: bytes, where: str) -> Manifest:
     if isinstance(schema, int) and schema > SCHEMA_VERSION:
         msg = f"{where} has schema version {schema}; this Pocketune reads up to {SCHEMA_VERSION}. Update Pocketune."
         raise BundleError(msg)
+    minor = raw.get("schema_minor", 0) if isinstance(raw, dict) else None
+    if isinstance(minor, int) and minor > SCHEMA_MINOR:
+        known = f"{SCHEMA_VERSION}.{SCHEMA_MINOR}"
+        msg = f"{where} has schema version {schema}.{minor}; this Pocketune reads up to {known}. Update Pocketune."
+        raise BundleError(msg)
     try:
-        manifest = read(Manifest, raw)
+        manifest = read(Manifest, raw, older=minor != SCHEMA_MINOR)
     except MisfitError as error:
         msg = f"{where} has an invalid manifest: {str(error)[:300]}. Copy or export the bundle again."
         raise BundleError(msg) from error

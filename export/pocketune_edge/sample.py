@@ -1,4 +1,4 @@
-"""Images from prompts with the graphs of a bundle: Euler steps along the flow, with classifier-free guidance.
+"""Images from prompts with the graphs of a bundle: Euler steps along a flow, or DDIM steps, with classifier-free guidance.
 
 Equal seeds give equal images on every device. They differ from those of PyTorch's side, whose start noise is of torch's own
 generator.
@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from pocketune.sampling.philox import Stream, normals
-from pocketune_edge.batches import schedule
 from pocketune_edge.denoiser import Denoiser, Floats
-from pocketune_edge.manifest import NoiseSchedule
+from pocketune_edge.noise import sampler_of
 from pocketune_edge.session import Array, Sessions
-from pocketune_edge.text import Prompt, encode_prompts
+from pocketune_edge.text import Prompt, encode_prompts, stack
 
 GROUP = 4
 """Images that are made at once; with streaming, each block is read once a step for so many."""
@@ -77,42 +75,30 @@ def denoise(
     parameters: Floats,
     on_step: Callable[[int], None],
 ) -> list[Floats]:
-    """Follow the flow from noise to clean latents, each (1, channels, height, width).
+    """Go from noise to clean latents, each (1, channels, height, width).
 
     Args:
         denoiser: of a bundle.
         latents: the noise each image starts from.
         prompts: one a latent.
         negative: what guidance leads away from; None turns it off.
-        steps: of Euler's method.
+        steps: of the sampler.
         guidance: scale.
         parameters: the flat vector of the LoRA.
         on_step: called with the number of finished steps.
     """
-    timesteps, sigmas = sampling_schedule(denoiser.manifest.noise_schedule, steps)
+    sampler = sampler_of(denoiser.manifest.noise_schedule, steps)
     current = list(latents)
     for number in range(steps):
         rows = [*current, *current] if negative else current
         texts = [*[negative] * len(current), *prompts] if negative else prompts
-        velocities = _velocities(denoiser, rows, texts, timesteps[number], parameters)
+        predictions = _predictions(denoiser, rows, texts, sampler.timesteps[number], parameters)
         if negative:
-            pairs = zip(velocities[: len(current)], velocities[len(current) :], strict=True)
-            velocities = [plain + np.float32(guidance) * (led - plain) for plain, led in pairs]
-        step = sigmas[number + 1] - sigmas[number]
-        current = [latent + step * velocity for latent, velocity in zip(current, velocities, strict=True)]
+            pairs = zip(predictions[: len(current)], predictions[len(current) :], strict=True)
+            predictions = [plain + np.float32(guidance) * (led - plain) for plain, led in pairs]
+        current = [sampler.step(number, latent, given) for latent, given in zip(current, predictions, strict=True)]
         on_step(number + 1)
     return current
-
-
-def sampling_schedule(noise: NoiseSchedule, steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The timesteps, (steps,), and sigmas, (steps + 1,), ending in 0, of diffusers' FlowMatchEulerDiscreteScheduler.
-
-    Differs from the training schedule: the shift is applied to numbers between the shifted ends, thus twice at the lower end.
-    """
-    highest, lowest = (float(sigma) * noise.train_timesteps for sigma in schedule(noise)[1][[0, -1]])
-    times = np.linspace(highest, lowest, steps) / noise.train_timesteps
-    sigmas = (noise.shift * times / (1 + (noise.shift - 1) * times)).astype(np.float32)
-    return sigmas * np.float32(noise.train_timesteps), np.append(sigmas, np.float32(0.0))
 
 
 def decode(sessions: Sessions, latents: Sequence[Floats]) -> list[Floats]:
@@ -129,10 +115,10 @@ def to_image(pixels: Floats) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(levels.round().astype(np.uint8).transpose(1, 2, 0)))
 
 
-def _velocities(
+def _predictions(
     denoiser: Denoiser, rows: Sequence[Floats], prompts: Sequence[Prompt], timestep: np.float32, parameters: Floats
 ) -> list[Floats]:
-    """The velocity of each row; rows are run in parts of the graphs' size, the last one filled up."""
+    """What the denoiser predicts for each row; rows are run in parts of the graphs' size, the last one filled up."""
     batches: list[dict[str, Array]] = []
     for start in range(0, len(rows), denoiser.rows):
         numbers = [min(start + number, len(rows) - 1) for number in range(denoiser.rows)]
@@ -140,8 +126,7 @@ def _velocities(
             {
                 "noisy": np.concatenate([rows[number] for number in numbers]),
                 "timesteps": np.full((denoiser.rows,), timestep, np.float32),
-                "prompt_hidden": np.concatenate([prompts[number].hidden for number in numbers]),
-                "prompt_pooled": np.concatenate([prompts[number].pooled for number in numbers]),
+                **stack([prompts[number] for number in numbers]),
             }
         )
     found = denoiser.predict(batches, parameters)

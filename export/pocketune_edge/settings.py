@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.manifest import Manifest, NotNegative, Positive
 from pocketune_edge.strict import MisfitError, Rule, read
+from pocketune_export.agreement import SCHEMA_MINOR
 
 CHANGEABLE = (
     "instance_prompt",
@@ -30,9 +31,12 @@ CHANGEABLE = (
 _Count = Annotated[int, Rule(low=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The fields of a recipe that matter on the device; `pocketune.Recipe` describes them."""
+    """The fields of a recipe that matter on the device; `pocketune.Recipe` describes them.
+
+    Those with defaults are younger than the first bundles, whose runs did what the default says.
+    """
 
     instance_prompt: Annotated[str, Rule(low=1)]
     class_prompt: str | None
@@ -40,8 +44,8 @@ class Settings:
     prior_loss_weight: NotNegative
     cache_dtype: Literal["float32", "bfloat16"]
     cache_limit_mb: _Count
-    draws: _Count | None
-    refresh_every: _Count | None
+    draws: _Count | None = None
+    refresh_every: _Count | None = None
     steps: _Count
     batch_size: _Count
     learning_rate: Positive
@@ -60,14 +64,14 @@ class Settings:
     zo_two_sided: bool
 
     @classmethod
-    def of(cls, recipe: dict[str, Any]) -> Self:
-        """Read the fields that matter.
+    def of(cls, recipe: dict[str, Any], *, older: bool = False) -> Self:
+        """Read the fields that matter. older: those that have a default may be missing.
 
         Raises:
             MisfitError: one is missing or out of range.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        return read(cls, {name: value for name, value in recipe.items() if name in names})
+        return read(cls, {name: value for name, value in recipe.items() if name in names}, older=older)
 
 
 def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -81,12 +85,9 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
         BundleError: the bundle's recipe is not valid.
         SettingError: a change is not possible on the device, or out of range.
     """
-    if manifest.noise_schedule.kind != "flow_match_euler":
-        name = manifest.model.name
-        msg = f"{name} is a diffusion model; on the device, so far only rectified flow trains and samples. Use `pocketune`."
-        raise SettingError(msg)
+    older = manifest.schema_minor < SCHEMA_MINOR
     try:
-        Settings.of(manifest.recipe)
+        Settings.of(manifest.recipe, older=older)
     except MisfitError as error:
         msg = f"the bundle's recipe is not valid: {error}. Export the bundle again."
         raise BundleError(msg) from error
@@ -101,7 +102,7 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
         raise SettingError(msg)
     recipe = manifest.recipe | given
     try:
-        return Settings.of(recipe), recipe
+        return Settings.of(recipe, older=older), recipe
     except MisfitError as error:
         msg = f"a setting is not valid: {error}. `pocketune-edge personalize --help` lists them."
         raise SettingError(msg) from error

@@ -52,25 +52,30 @@ class MisfitError(ValueError):
     """Data that does not fit; the text says where and why."""
 
 
-def read(kind: type[T], data: Any) -> T:
+def read(kind: type[T], data: Any, *, older: bool = False) -> T:
     """Make a value of a dataclass, or of any annotation made of the types below, from JSON data.
 
     Understood are dataclasses (exactly their fields), int, float (finite), str, bool, tuple, Literal, dict[str, Any], Any,
     unions of these with None, and Annotated with a `Rule`.
 
+    Args:
+        kind: what is wanted.
+        data: as `json.loads` gives it.
+        older: fields that have a default may be missing.
+
     Raises:
         MisfitError: the data has unknown or missing fields, wrong types, or values that break a rule.
     """
-    value: T = _read(kind, data, ())
+    value: T = _read(kind, data, (), older)
     return value
 
 
-def _read(kind: Any, data: Any, where: tuple[str, ...]) -> Any:
+def _read(kind: Any, data: Any, where: tuple[str, ...], older: bool) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _read_fields(kind, data, where)
+        return _read_fields(kind, data, where, older)
     if origin is Annotated:
-        value = _read(arguments[0], data, where)
+        value = _read(arguments[0], data, where, older)
         for rule in arguments[1:]:
             complaint = rule.complaint(value) if value is not None else None
             if complaint:
@@ -82,26 +87,27 @@ def _read(kind: Any, data: Any, where: tuple[str, ...]) -> Any:
         raise MisfitError(_at(where, f"expected one of {', '.join(map(str, arguments))}, got {_short(data)}"))
     if origin in (Union, types.UnionType):
         [inner] = [argument for argument in arguments if argument is not type(None)]
-        return None if data is None else _read(inner, data, where)
+        return None if data is None else _read(inner, data, where, older)
     if origin is tuple:
-        return _read_tuple(arguments, data, where)
+        return _read_tuple(arguments, data, where, older)
     return _read_plain(kind, data, where)
 
 
-def _read_fields(kind: Any, data: Any, where: tuple[str, ...]) -> Any:
+def _read_fields(kind: Any, data: Any, where: tuple[str, ...], older: bool) -> Any:
     if not isinstance(data, dict):
         raise MisfitError(_at(where, f"expected an object, got {_short(data)}"))
     hints = _hints(kind)
     for name in data:
         if name not in hints:
             raise MisfitError(_at(where, f"unknown field {name[:80]!r}"))
-    for name in hints:
-        if name not in data:
-            raise MisfitError(_at(where, f"the field {name!r} is missing"))
-    return kind(**{name: _read(hint, data[name], (*where, name)) for name, hint in hints.items()})
+    for field in dataclasses.fields(kind):
+        optional = older and field.default is not dataclasses.MISSING
+        if field.name not in data and not optional:
+            raise MisfitError(_at(where, f"the field {field.name!r} is missing"))
+    return kind(**{name: _read(hints[name], value, (*where, name), older) for name, value in data.items()})
 
 
-def _read_tuple(arguments: tuple[Any, ...], data: Any, where: tuple[str, ...]) -> tuple[Any, ...]:
+def _read_tuple(arguments: tuple[Any, ...], data: Any, where: tuple[str, ...], older: bool) -> tuple[Any, ...]:
     if not isinstance(data, list):
         raise MisfitError(_at(where, f"expected a list, got {_short(data)}"))
     if len(arguments) == 2 and arguments[1] is Ellipsis:
@@ -109,7 +115,7 @@ def _read_tuple(arguments: tuple[Any, ...], data: Any, where: tuple[str, ...]) -
     if len(arguments) != len(data):
         raise MisfitError(_at(where, f"expected {len(arguments)} items, got {len(data)}"))
     return tuple(
-        _read(kind, item, (*where, str(index))) for index, (kind, item) in enumerate(zip(arguments, data, strict=True))
+        _read(kind, item, (*where, str(index)), older) for index, (kind, item) in enumerate(zip(arguments, data, strict=True))
     )
 
 

@@ -16,10 +16,10 @@ from pocketune_edge.session import Array, Sessions, Values
 
 @dataclass(frozen=True)
 class Prompt:
-    """Encoded text. hidden: (1, tokens, width); pooled: (1, width)."""
+    """Encoded text. hidden: (1, tokens, width); pooled: (1, width), None where the denoiser takes none."""
 
     hidden: Array
-    pooled: Array
+    pooled: Array | None
 
 
 def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prompt]:
@@ -45,6 +45,13 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
         }
 
 
+def stack(prompts: Sequence[Prompt]) -> dict[str, Array]:
+    """The inputs of graphs that some prompts are, a row each."""
+    found = {"prompt_hidden": np.concatenate([prompt.hidden for prompt in prompts])}
+    pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+    return found | {"prompt_pooled": np.concatenate(pooled)} if pooled else found
+
+
 def _tokenizer(bundle: Bundle, encoder: TextEncoder) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(bundle.read(encoder.tokenizer).decode("utf-8"))
@@ -57,7 +64,8 @@ def _tokenizer(bundle: Bundle, encoder: TextEncoder) -> Tokenizer:
 
 
 def _join(values: Values) -> Prompt:
-    return Prompt(hidden=values["prompt_hidden"][:1], pooled=values["prompt_pooled"][:1])
+    pooled = values.get("prompt_pooled")
+    return Prompt(hidden=values["prompt_hidden"][:1], pooled=None if pooled is None else pooled[:1])
 
 
 def _repeated(values: Values, rows: int) -> dict[str, Array]:

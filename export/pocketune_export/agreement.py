@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from pocketune_export.manifest import Graph, Lora, Manifest
+    from pocketune_export.graphspec import Graph
+    from pocketune_export.manifest import Lora, Manifest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+"""Others are not read."""
+SCHEMA_MINOR: Final = 1
+"""Older ones are read: they lack fields for which the device has defaults. 1: `noise_schedule.ddim`."""
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = "manifest.sha256"
 MAX_ELEMENTS = 2**40
@@ -62,6 +66,10 @@ def plan_faults(manifest: Manifest) -> Iterable[str]:
     noise = manifest.noise_schedule
     if (noise.kind == "ddpm") != (noise.signal is not None) or (noise.signal and len(noise.signal) != noise.train_timesteps):
         yield "the noise schedule's signal does not fit its kind and timesteps"
+    if noise.ddim is not None and noise.kind != "ddpm":
+        yield "a noise schedule that is no diffusion's has steps of DDIM"
+    if (noise.kind == "ddpm") == (noise.objective == "flow"):
+        yield "the noise schedule's objective does not fit its kind"
     if manifest.batch.rows != manifest.batch.photos + manifest.batch.class_images:
         yield "the batch's rows are not its photos and class images"
 

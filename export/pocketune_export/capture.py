@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pocketune.errors import ModelError
-from pocketune_export.manifest import Dtype, TensorSpec
+from pocketune_export.graphspec import Dtype, TensorSpec
 from pocketune_export.passes import Derived, prepare
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "int64": torch.int64}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pocketune_export.capture import NAMES, Capture
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.graphspec import TensorSpec
 
 
 def cut(whole: Capture) -> tuple[Capture, ...]:

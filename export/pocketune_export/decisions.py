@@ -78,6 +78,30 @@ def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:
     steps = int(config["num_train_timesteps"])
     if objective == "flow":
         shift = float(config["shift"])
-        return m.NoiseSchedule(kind="flow_match_euler", objective=objective, train_timesteps=steps, shift=shift, signal=None)
+        return m.NoiseSchedule(
+            kind="flow_match_euler", objective=objective, train_timesteps=steps, shift=shift, signal=None, ddim=None
+        )
     signal = tuple(float(share) for share in scheduler.alphas_cumprod)
-    return m.NoiseSchedule(kind="ddpm", objective=objective, train_timesteps=steps, shift=1.0, signal=signal)
+    if min(signal) <= 0:
+        msg = f"the noise schedule of {folder.name} ends in noise alone, which a bundle cannot say. Please report this model."
+        raise ModelError(msg)
+    return m.NoiseSchedule(
+        kind="ddpm", objective=objective, train_timesteps=steps, shift=1.0, signal=signal, ddim=_ddim_steps(folder, signal[0])
+    )
+
+
+def _ddim_steps(folder: ModelFolder, first: float) -> m.DdimSteps:
+    """Where the model's own sampler lays its steps, whichever sampler that is; first: the signal of timestep 0.
+
+    Raises:
+        ModelError: it changes what the denoiser predicts.
+    """
+    config = folder.family.noise.load_config(folder.path, subfolder="scheduler")
+    if config.get("clip_sample") or config.get("thresholding"):
+        msg = f"the sampler of {folder.name} clips samples, which devices do not do. Please report this model."
+        raise ModelError(msg)
+    return m.DdimSteps(
+        spacing=config.get("timestep_spacing", "leading"),
+        offset=int(config.get("steps_offset", 0)),
+        final_signal=1.0 if config.get("set_alpha_to_one", True) else first,
+    )

@@ -15,8 +15,8 @@ from pocketune.step import Batch
 from pocketune.train import loss_of, output_loss
 from pocketune_export.agreement import Role
 from pocketune_export.capture import Capture, capture, with_weights
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.layout import Layout, layout_of, without_gradient, without_use
-from pocketune_export.manifest import TensorSpec
 from pocketune_export.step_inputs import Sizes, batch_inputs, prompt_of
 from pocketune_export.streams import CONTEXT_MEANINGS, by_name, context_by_name, context_of, place_of, stream_name
 from pocketune_export.training import (

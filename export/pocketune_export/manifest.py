@@ -9,91 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pocketune.errors import FileFormatError
-from pocketune_export.agreement import (
-    MAX_ELEMENTS,
-    MAX_PATH_CHARACTERS,
-    Role,
-    graph_faults,
-    parameter_faults,
-    path_fault,
-    plan_faults,
-    tensor_faults,
-)
-
-Dtype = Literal["float32", "int64"]
-Count = Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]
-Size = Annotated[int, Field(ge=1, le=MAX_ELEMENTS)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(min_length=1, max_length=300)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+from pocketune_export.agreement import Role, graph_faults, parameter_faults, plan_faults
+from pocketune_export.graphspec import BundlePath, Count, Digest, Fraction, Graph, Name, Size, Strict
 
 
-def checked_path(path: str) -> str:
-    """Return a bundle path as it is, if it names a file inside the bundle on every system.
-
-    Raises:
-        ValueError: it does not.
-    """
-    fault = path_fault(path)
-    if fault:
-        raise ValueError(fault)
-    return path
-
-
-BundlePath = Annotated[str, Field(max_length=MAX_PATH_CHARACTERS), AfterValidator(checked_path)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class TensorSpec(_Strict):
-    """An input or output of a graph. Shapes are static."""
-
-    name: Name
-    shape: tuple[Count, ...] = Field(max_length=8)
-    dtype: Dtype
-    meaning: Name
-
-    @property
-    def elements(self) -> int:
-        """The product of the shape."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
-
-
-class Graph(_Strict):
-    """One graph: a pure function of its inputs and of frozen weights."""
-
-    name: Name
-    file: BundlePath
-    role: Role
-    block: Count | None = Field(
-        description="Which block, of block_forward and block_vjp; which part, of text_encoder (counted through all encoders), "
-        "vae_encoder and vae_decoder; else null."
-    )
-    parameters: tuple[Count, Count] | None = Field(
-        description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without LoRA."
-    )
-    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    weights: tuple[BundlePath, ...] = Field(description="Files with this graph's frozen weights, memory-mapped by the runtime.")
-    weight_bytes: Count = Field(description="Bytes of those files that this graph reads.")
-    activation_bytes: Count = Field(description="Planned peak of its intermediate results, when run in graph order.")
-
-    @model_validator(mode="after")
-    def _tensors_can_be(self) -> Self:
-        for complaint in tensor_faults(self):
-            raise ValueError(complaint)
-        return self
-
-
-class Model(_Strict):
+class Model(Strict):
     """The model that was exported."""
 
     name: Name
@@ -108,7 +31,7 @@ class Model(_Strict):
     )
 
 
-class Span(_Strict):
+class Span(Strict):
     """Neighbouring blocks from `start` to before `stop`, all skipped or all trained."""
 
     start: Count
@@ -123,14 +46,14 @@ class Span(_Strict):
     )
 
 
-class Plan(_Strict):
+class Plan(Strict):
     """Which blocks train. Skipped blocks are replaced by cached features, or dropped if `use_residuals` is false."""
 
     spans: tuple[Span, ...] = Field(min_length=1)
     use_residuals: bool
 
 
-class Batch(_Strict):
+class Batch(Strict):
     """The static sizes of every graph. Fewer rows are padded, more are run in turns."""
 
     rows: Size = Field(description="Samples a step: photos first, then as many class images if the recipe has a class prompt.")
@@ -143,7 +66,7 @@ class Batch(_Strict):
     pooled_width: Count = Field(description="0 where the denoiser takes no pooled text.")
 
 
-class Optimizer(_Strict):
+class Optimizer(Strict):
     """AdamW as PyTorch computes it, after clipping the gradient's norm. The named inputs may be changed on the device.
 
     descent, of zeroth-order steps: parameters (1 - learning_rate weight_decay) - learning_rate gradient, and nothing else.
@@ -158,7 +81,19 @@ class Optimizer(_Strict):
     max_grad_norm: float | None = Field(gt=0, description="null: not clipped.")
 
 
-class NoiseSchedule(_Strict):
+class DdimSteps(Strict):
+    """Which training timesteps the n steps of DDIM use; each leads train_timesteps // n lower.
+
+    leading: i (train_timesteps // n) + offset, for i below n. trailing: train_timesteps (1 - i / n) - 1. linspace: n numbers
+    from 0 to train_timesteps - 1. All but leading are rounded.
+    """
+
+    spacing: Literal["leading", "trailing", "linspace"]
+    offset: Count = Field(description="Of leading.")
+    final_signal: float = Field(gt=0, le=1, description="The signal that the last step leads to.")
+
+
+class NoiseSchedule(Strict):
     """Which noise a timestep has: noisy latents are alpha latents + sigma noise.
 
     flow_match_euler: of timestep index i, t = 1 - i / train_timesteps, sigma = shift t / (1 + (shift - 1) t), alpha = 1 - sigma
@@ -173,9 +108,10 @@ class NoiseSchedule(_Strict):
     train_timesteps: Size
     shift: float = Field(gt=0, description="Of flow_match_euler; else 1.")
     signal: tuple[Fraction, ...] | None = Field(description="Of ddpm, by timestep: cumulative product of 1 - beta; else null.")
+    ddim: DdimSteps | None = Field(description="Of ddpm, how devices sample; else null.")
 
 
-class Parameter(_Strict):
+class Parameter(Strict):
     """One LoRA tensor."""
 
     name: Name = Field(description="In PyTorch and in checkpoints.")
@@ -188,7 +124,7 @@ class Parameter(_Strict):
     )
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """The adapter. The flat vector holds every parameter with an offset, one after the other, without gaps."""
 
     rank: Size
@@ -201,7 +137,7 @@ class Lora(_Strict):
     )
 
 
-class TextEncoder(_Strict):
+class TextEncoder(Strict):
     """A text encoder and its tokenizer (a tokenizer.json of the `tokenizers` library). Ids are cut and padded to `tokens`."""
 
     number: Count = Field(description="Its place in the pipeline, at the end of the names that text_join takes.")
@@ -214,7 +150,7 @@ class TextEncoder(_Strict):
     pad_token: Name
 
 
-class Vae(_Strict):
+class Vae(Strict):
     """The encoder gives the mean and deviation of scaled and shifted latents; the decoder takes such latents."""
 
     encoder: tuple[Name, ...] = Field(min_length=1, description="Its graphs, each taking what earlier ones gave.")
@@ -224,14 +160,14 @@ class Vae(_Strict):
     downscale: Size = Field(description="Image pixels along the side of a latent pixel.")
 
 
-class Weights(_Strict):
+class Weights(Strict):
     """How the frozen weights are stored; all arithmetic is float32."""
 
     storage: Literal["fp32", "fp16", "int8", "int4"]
     block: Size | None = Field(description="Weights that share one scale along a row; null: a whole row. Of int8 and int4.")
 
 
-class Memory(_Strict):
+class Memory(Strict):
     """Planned bytes of the training phase, without the runtime itself."""
 
     one_graph_anonymous: Count
@@ -240,7 +176,7 @@ class Memory(_Strict):
     streaming_mapped: Count
 
 
-class File(_Strict):
+class File(Strict):
     """A file of the bundle."""
 
     path: BundlePath
@@ -248,10 +184,11 @@ class File(_Strict):
     sha256: Digest
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """All that a device must know to train and sample from a bundle."""
 
     schema_version: Literal[1]
+    schema_minor: Literal[1]
     pocketune_version: Name
     backend: Literal["onnx", "executorch"]
     opset: Annotated[int, Field(ge=1, le=20)] | None = Field(

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from pocketune_export.aten_layers import lowering_of
 from pocketune_export.capture import DTYPES, Capture
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.onnx_builder import OPSET, TYPES, Builder
 from pocketune_export.onnx_passes import fold_transposes, remove_unused
 from pocketune_export.weights import WeightPart

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import onnx
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper, shape_inference
 
-from pocketune_export.manifest import Graph, Memory
+from pocketune_export.graphspec import Graph
+from pocketune_export.manifest import Memory
 
 _ALIASES = frozenset({"Reshape", "Identity", "Squeeze", "Unsqueeze"})
 FLOAT_BYTES = 4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pocketune.errors import ModelError
 from pocketune.models.load import ModelFolder
 from pocketune_export.capture import Capture, capture, frozen_weights
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
 
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

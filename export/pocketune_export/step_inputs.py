@@ -8,7 +8,7 @@ import torch
 
 from pocketune.models.base import Prompt
 from pocketune.step import Objective
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketune_export.capture import Function, with_weights
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.layout import Layout
-from pocketune_export.manifest import TensorSpec
 
 BETA1, BETA2 = 0.9, 0.999
 EPSILON = 1e-8

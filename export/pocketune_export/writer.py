@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from pocketune_export import manifest as m
-from pocketune_export.agreement import Role
+from pocketune_export.agreement import SCHEMA_MINOR, SCHEMA_VERSION, Role
 from pocketune_export.bundle import describe_file, seal
 from pocketune_export.capture import Capture
+from pocketune_export.graphspec import Graph
 from pocketune_export.onnx import lower
 from pocketune_export.onnx_builder import OPSET
 from pocketune_export.planning import activation_bytes, planned_memory
@@ -84,7 +85,7 @@ class BundleWriter:
         self._folder = folder
         self._store = WeightStore(folder, wanted=weights, block=block)
         self._parts: dict[str, WeightPart] = {}
-        self._graphs: list[m.Graph] = []
+        self._graphs: list[Graph] = []
         self._files: list[str] = []
 
     def add_graph(self, traced: Traced, component: Component) -> None:
@@ -98,7 +99,7 @@ class BundleWriter:
         file = f"weights/block-{traced.block:02d}.bin" if traced.role == "block_forward" else component.file
         lowered = lower(traced.capture, self._parts[component.prefix], file=file)
         self.add_file(f"{traced.name}.onnx", lowered.content)
-        graph = m.Graph(
+        graph = Graph(
             name=traced.name,
             file=f"{traced.name}.onnx",
             role=traced.role,
@@ -123,7 +124,8 @@ class BundleWriter:
         files = [m.File(path=path, bytes=size, sha256=digest) for path, (size, digest) in self._store.close().items()]
         files += [describe_file(self._folder, path) for path in self._files]
         manifest = m.Manifest(
-            schema_version=1,
+            schema_version=SCHEMA_VERSION,
+            schema_minor=SCHEMA_MINOR,
             pocketune_version=version("pocketune"),
             backend="onnx",
             opset=OPSET,

@@ -58,6 +58,7 @@ def make_bundle(folder: Path) -> Path:
     ]
     manifest: dict[str, Any] = {
         "schema_version": 1,
+        "schema_minor": 1,
         "pocketune_version": "0.1.0",
         "backend": "onnx",
         "opset": 18,
@@ -108,6 +109,7 @@ def make_bundle(folder: Path) -> Path:
             "train_timesteps": 1000,
             "shift": 3.0,
             "signal": None,
+            "ddim": None,
         },
         "text_encoders": [],
         "vae": {"encoder": ["head"], "decoder": ["head"], "scaling_factor": 0.9, "shift_factor": 0.1, "downscale": 8},

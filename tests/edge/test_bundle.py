@@ -17,6 +17,7 @@ from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.errors import BundleError
 from pocketune_edge.reading import read_manifest
 from pocketune_edge.session import Session
+from pocketune_edge.settings import settings_of
 from pocketune_export.manifest import Manifest
 from tests.edge.handmade import TOKENS, WIDTH, head_graph, make_bundle, pack, read_manifest_json, seal
 
@@ -75,6 +76,7 @@ def changed(path: str, value: Any) -> Change:
     ("change", "message"),
     [
         (changed("schema_version", 2), "schema version 2; this Pocketune reads up to 1. Update"),
+        (changed("schema_minor", 2), r"schema version 1\.2; this Pocketune reads up to 1\.1\. Update"),
         (changed("backend", "executorch"), "for executorch; this runtime runs onnx"),
         (changed("files.0.path", "../outside.onnx"), "leaves the bundle"),
         (changed("files.0.path", "/etc/passwd"), "leaves the bundle"),
@@ -111,6 +113,24 @@ def test_a_missing_field_is_refused(bundle: Path) -> None:
     seal(bundle, manifest, list_files=False)
     with pytest.raises(BundleError, match=r"graphs\.0: the field 'role' is missing"):
         open_bundle(bundle)
+
+
+def test_a_bundle_of_the_first_schema_is_read(bundle: Path) -> None:
+    """What came later has defaults there, and only there."""
+    manifest = read_manifest_json(bundle)
+    del manifest["noise_schedule"]["ddim"], manifest["recipe"]["refresh_every"]
+    seal(bundle, manifest, list_files=False)
+    with pytest.raises(BundleError, match="the field 'ddim' is missing"):
+        open_bundle(bundle)
+    manifest["noise_schedule"]["ddim"] = None
+    seal(bundle, manifest, list_files=False)
+    with pytest.raises(BundleError, match="the field 'refresh_every' is missing"):
+        settings_of(open_bundle(bundle).manifest, {})
+    del manifest["noise_schedule"]["ddim"], manifest["schema_minor"]
+    seal(bundle, manifest, list_files=False)
+    opened = open_bundle(bundle).manifest
+    assert opened.noise_schedule.ddim is None
+    assert settings_of(opened, {})[0].refresh_every is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1e400}', b"\xff\xfe"])
@@ -316,8 +336,8 @@ def test_both_readers_agree_on_manifests(sound: Path) -> None:
             target["new"] = 1
         else:
             target[key] = rng.choice(values)
-        if manifest.get("schema_version") is True:
-            continue  # to pydantic's Literal, true is 1
+        if manifest.get("schema_version") is True or manifest.get("schema_minor") != 1 or manifest["schema_minor"] is True:
+            continue  # to pydantic's Literal, true is 1; and older schemas are read by devices alone
         content = json.dumps(manifest).encode()
         verdicts.append((refused_by(read_light, content), refused_by(Manifest.model_validate_json, content), content))
     assert [content for light, strict, content in verdicts if light != strict] == []

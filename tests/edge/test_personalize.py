@@ -16,31 +16,11 @@ from pocketune import personalize as personalize_with_torch
 from pocketune.errors import Interrupted, PhotoError, PlanError, PocketuneError, RunError
 from pocketune.inspection import inspect
 from pocketune_edge.bundle import open_bundle
-from pocketune_edge.delta import load_lora
-from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.job import personalize
-from pocketune_edge.sample import decode, denoise, to_image
-from pocketune_edge.session import Sessions
-from pocketune_edge.text import encode_prompts
+from tests.edge.both_sides import LORA, assert_alike, largest_difference, sample_on_device, stop_at
 from tests.edge.conftest import edge_recipe, recipe_of
-from tests.tolerances import EDGE_IMAGE_LEVELS, EDGE_LOSS, EDGE_PARAMETER
-
-LORA = Path("lora") / "pytorch_lora_weights.safetensors"
-
-
-def stop_at(step: int) -> Any:
-    def watch(event: Progress) -> None:
-        if event.phase == "training" and event.done == step:
-            signal.raise_signal(signal.SIGINT)
-
-    return watch
-
-
-def largest_difference(first: Path, second: Path) -> float:
-    ours, theirs = load_file(first / LORA), load_file(second / LORA)
-    assert ours.keys() == theirs.keys()
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+from tests.tolerances import EDGE_LOSS, EDGE_PARAMETER
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +77,8 @@ def test_samples_as_diffusers_does(tiny_folder: Path, skipping_bundle: Path, edg
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = pipeline(prompts, latents=noise, num_inference_steps=3, guidance_scale=5.0, height=64, width=64,
                         max_sequence_length=0).images  # fmt: skip
-    bundle = open_bundle(skipping_bundle)
-    sessions = Sessions(bundle, keep=False, threads=1)
-    encoded = encode_prompts(sessions, [*prompts, ""])
-    latents = denoise(
-        Denoiser(sessions),
-        [noise[number : number + 1].numpy() for number in range(2)],
-        [encoded[prompt] for prompt in prompts],
-        encoded[""],
-        steps=3,
-        guidance=5.0,
-        parameters=load_lora(bundle, edge_run[0]).flat,
-        on_step=lambda _: None,
-    )
-    for pixels, image in zip(decode(sessions, latents), expected, strict=True):
-        difference = np.abs(np.asarray(to_image(pixels), np.int16) - np.asarray(image, np.int16))
-        assert difference.max() <= EDGE_IMAGE_LEVELS
+    found = sample_on_device(skipping_bundle, edge_run[0], prompts, noise)
+    assert_alike(found, expected)
 
 
 def test_a_run_changes_sides_and_back(

@@ -1,12 +1,14 @@
 """What the edge runtime computes by itself is what PyTorch's side computes, and their files are each other's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,15 +20,16 @@ from pocketune.job import MAX_PHOTO_SIDE as TORCH_MAX_PHOTO_SIDE
 from pocketune.methods.lora import add_lora
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
+from pocketune.sampling.batches import NoiseSchedule as TorchNoiseSchedule
 from pocketune.train import new_optimizer
-from pocketune_edge.batches import schedule
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.cache import from_bfloat16, to_bfloat16
 from pocketune_edge.delta import Adapter, by_name, flatten, load_lora, save_lora, start_values
-from pocketune_edge.errors import LoraError
+from pocketune_edge.errors import LoraError, SettingError
 from pocketune_edge.job import MAX_PHOTO_SIDE
-from pocketune_edge.manifest import Lora, NoiseSchedule, Parameter
-from pocketune_edge.sample import sampling_schedule, to_image
+from pocketune_edge.manifest import DdimSteps, Lora, NoiseSchedule, Parameter
+from pocketune_edge.noise import Euler, sampler_of, training_levels
+from pocketune_edge.sample import to_image
 from pocketune_edge.settings import Settings, key_of
 from pocketune_edge.state import CheckpointFolder, State, fresh_state
 from pocketune_edge.storage import Place
@@ -39,15 +42,78 @@ CPU = torch.device("cpu")
 def test_schedules_equal_diffusers(shift: float) -> None:
     noise = NoiseSchedule("flow_match_euler", "flow", 1000, shift, None)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    timesteps, sigmas = schedule(noise)
-    assert np.array_equal(timesteps, scheduler.timesteps.numpy())
-    assert np.array_equal(sigmas, scheduler.sigmas.numpy())
+    levels = training_levels(noise)
+    assert np.array_equal(levels.timesteps, scheduler.timesteps.numpy())
+    assert np.array_equal(levels.sigmas, scheduler.sigmas.numpy())
+    assert levels.alphas is None
     for steps in (1, 2, 28):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(steps)
-        timesteps, sigmas = sampling_schedule(noise, steps)
-        assert np.array_equal(timesteps, scheduler.timesteps.numpy())
-        assert np.array_equal(sigmas, scheduler.sigmas.numpy())
+        sampler = Euler(noise, steps)
+        assert np.array_equal(sampler.timesteps, scheduler.timesteps.numpy())
+        assert np.array_equal(sampler.sigmas, scheduler.sigmas.numpy())
+
+
+def diffusion(objective: str, **ddim: Any) -> tuple[NoiseSchedule, DDIMScheduler]:
+    """Equal schedules of both sides."""
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type=objective,
+        timestep_spacing=ddim["spacing"],
+        steps_offset=ddim["offset"],
+        set_alpha_to_one=ddim["final_signal"] == 1.0,
+    )
+    signal = tuple(float(share) for share in scheduler.alphas_cumprod)
+    steps = DdimSteps(**ddim | {"final_signal": ddim["final_signal"] or signal[0]})
+    return NoiseSchedule("ddpm", objective, 1000, 1.0, signal, steps), scheduler  # type: ignore[arg-type]
+
+
+def test_training_levels_of_a_diffusion_equal_pytorch() -> None:
+    noise, scheduler = diffusion("epsilon", spacing="leading", offset=1, final_signal=1.0)
+    ours, theirs = training_levels(noise), TorchNoiseSchedule.of(DDPMScheduler.from_config(scheduler.config))
+    assert theirs.alphas is not None and ours.alphas is not None
+    for found, expected in ((ours.timesteps, theirs.timesteps), (ours.sigmas, theirs.sigmas), (ours.alphas, theirs.alphas)):
+        assert np.array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(
+    "ddim",
+    [
+        {"spacing": "leading", "offset": 1, "final_signal": 0.0},
+        {"spacing": "leading", "offset": 0, "final_signal": 1.0},
+        {"spacing": "trailing", "offset": 0, "final_signal": 1.0},
+        {"spacing": "linspace", "offset": 0, "final_signal": 0.0},
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 3, 28])
+def test_ddim_steps_equal_diffusers(objective: str, ddim: dict[str, Any], steps: int) -> None:
+    noise, scheduler = diffusion(objective, **ddim)
+    scheduler.set_timesteps(steps)
+    sampler = sampler_of(noise, steps)
+    assert np.array_equal(sampler.timesteps, scheduler.timesteps.numpy())
+    rng = np.random.default_rng(0)
+    ours = rng.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    theirs = torch.from_numpy(ours)
+    for number, timestep in enumerate(scheduler.timesteps):
+        prediction = rng.standard_normal(ours.shape).astype(np.float32)
+        ours = sampler.step(number, ours, prediction)
+        theirs = scheduler.step(torch.from_numpy(prediction), timestep, theirs).prev_sample
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-6, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("steps", [1000, 1001])
+def test_more_steps_than_a_schedule_has_are_refused(steps: int) -> None:
+    noise, _ = diffusion("epsilon", spacing="leading", offset=1, final_signal=1.0)
+    with pytest.raises(SettingError, match="fewer steps"):
+        sampler_of(noise, steps)
+
+
+def test_a_bundle_that_does_not_say_how_to_sample_is_refused() -> None:
+    noise, _ = diffusion("epsilon", spacing="leading", offset=1, final_signal=1.0)
+    with pytest.raises(SettingError, match="Export it again"):
+        sampler_of(replace(noise, ddim=None), 10)
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:

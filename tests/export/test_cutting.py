@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pocketune_export.capture import Capture, capture, frozen_weights
 from pocketune_export.cutting import cut
-from pocketune_export.manifest import TensorSpec
+from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
 
 WIDTH = 8

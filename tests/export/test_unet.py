@@ -1,28 +1,20 @@
 """A U-Net, with skip connections as streams and its middle replaced by cached features, trains from a bundle as in PyTorch."""
 
 import pytest
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune_edge.bundle import Bundle, open_bundle
-from pocketune_edge.errors import SettingError
-from pocketune_edge.settings import settings_of
 from pocketune_edge.steps import Mode
 from pocketune_export.exporter import export_trainable
 from pocketune_export.verify import TOLERANCE, verify
-from tests.tiny_models import build
+from tests.tiny_models import small_unet as build_small_unet
 
 
 @pytest.fixture(scope="module")
 def small_unet(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """Two stages of one layer, that predict v: seven blocks, the middle being block 2."""
-    folder = tmp_path_factory.mktemp("models")
-    pipeline = StableDiffusionPipeline.from_pretrained(build("sd2", folder / "sd2"), safety_checker=None)
-    unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 1})
-    pipeline.register_modules(unet=unet)
-    pipeline.save_pretrained(folder / "small")
-    return ModelFolder("small-unet", folder / "small")
+    return ModelFolder("small-unet", build_small_unet("sd2", tmp_path_factory.mktemp("models")))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +41,6 @@ def test_the_manifest_says_what_a_unet_is(bundle: Bundle) -> None:
     assert middle.features == (f"features_{middle.start}_{middle.stop}_image",)
     assert (manifest.noise_schedule.kind, manifest.noise_schedule.objective) == ("ddpm", "v_prediction")
     assert all(parameter.key.startswith("unet.") for parameter in manifest.lora.parameters)
-
-
-def test_the_device_says_that_it_cannot_train_it_yet(bundle: Bundle) -> None:
-    with pytest.raises(SettingError, match="only rectified flow"):
-        settings_of(bundle.manifest, {})
+    steps = manifest.noise_schedule.ddim
+    assert steps is not None and (steps.spacing, steps.offset) == ("leading", 1)
+    assert steps.final_signal == manifest.noise_schedule.signal[0]  # type: ignore[index]
