@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pocketune_edge.manifest import Graph, Manifest, Span
 from pocketune_edge.session import Array, Sessions, Values
+from pocketune_export.agreement import CARRIED
 
 Floats = NDArray[np.float32]
 
@@ -76,12 +77,13 @@ class Denoiser:
         for block in range(start, stop):
             if tape is not None:
                 tape.entered[block] = [dict(part.streams) for part in parts]
-            graph = self.manifest.graph("block_forward", block)
-            with self.sessions.opened(graph) as session:
-                for part in parts:
-                    found = session.run({**part.streams, **part.context, **_slice(graph, part.parameters)})
-                    passing = {name: value for name, value in part.streams.items() if not graph.takes(name)}
-                    part.streams = passing | {name.removeprefix("new_"): value for name, value in found.items()}
+            pieces = self.manifest.pieces("block_forward", block)
+            given = [{**part.streams, **part.context, **_slice(pieces[0], part.parameters)} for part in parts]
+            for part, found in zip(parts, self._run_pieces(pieces, given), strict=True):
+                passing = {
+                    name: value for name, value in part.streams.items() if not any(piece.takes(name) for piece in pieces)
+                }
+                part.streams = passing | {name.removeprefix("new_"): value for name, value in found.items()}
 
     def finish(self, parts: Sequence[Part]) -> list[Floats]:
         """What the denoiser predicts for each part, (rows, channels, height, width)."""
@@ -142,21 +144,34 @@ class Denoiser:
         """Walk the trained blocks backwards; skipped spans pass gradients on unchanged."""
         gradients = [np.zeros_like(part.parameters) for part in parts]
         for block in sorted(tape.entered, reverse=True):
-            if not any(item.role == "block_vjp" and item.block == block for item in self.manifest.graphs):
+            pieces = self.manifest.pieces("block_vjp", block)
+            if not pieces:
                 break  # nothing trains from here on down
-            graph = self.manifest.graph("block_vjp", block)
+            changed = _results(self.manifest.pieces("block_forward", block))
+            entered = tape.entered.pop(block)
+            given = [
+                {**streams, **part.context, **_slice(pieces[0], part.parameters)}
+                | {f"grad_new_{name}": value for name, value in grads.items()}
+                for part, streams, grads in zip(parts, entered, leaving, strict=True)
+            ]
             following = []
-            changed = {spec.name for spec in self.manifest.graph("block_forward", block).outputs}
-            with self.sessions.opened(graph) as session:
-                for part, entered, grads, gradient in zip(parts, tape.entered.pop(block), leaving, gradients, strict=True):
-                    given = {f"grad_new_{name}": value for name, value in grads.items()}
-                    found = session.run({**entered, **given, **part.context, **_slice(graph, part.parameters)})
-                    if graph.parameters is not None:
-                        gradient[slice(*graph.parameters)] += _floats(found["gradients"])
-                    passing = {name: value for name, value in grads.items() if f"new_{name}" not in changed}
-                    following.append(passing | {name: found[f"grad_{name}"] for name in entered if f"grad_{name}" in found})
+            for found, streams, grads, gradient in zip(
+                self._run_pieces(pieces, given), entered, leaving, gradients, strict=True
+            ):
+                if pieces[0].parameters is not None:
+                    gradient[slice(*pieces[0].parameters)] += _floats(found["gradients"])
+                passing = {name: value for name, value in grads.items() if f"new_{name}" not in changed}
+                following.append(passing | {name: found[f"grad_{name}"] for name in streams if f"grad_{name}" in found})
             leaving = following
         return gradients
+
+    def _run_pieces(self, pieces: Sequence[Graph], given: Sequence[Values]) -> list[dict[str, Array]]:
+        """The results of a block's pieces for each part, without what they hand to each other."""
+        return self.sessions.run_parts_of_all(pieces, given, _results(pieces))
+
+
+def _results(pieces: Sequence[Graph]) -> set[str]:
+    return {spec.name for piece in pieces for spec in piece.outputs if not spec.name.startswith(CARRIED)}
 
 
 def noisy(batch: Values) -> Array:

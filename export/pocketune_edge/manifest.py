@@ -65,6 +65,7 @@ class Graph:
     weights: tuple[BundlePath, ...]
     weight_bytes: Count
     activation_bytes: Count
+    part: Count = 0
 
     def takes(self, name: str) -> bool:
         """Whether it has an input of that name."""
@@ -271,6 +272,11 @@ class Manifest:
         """The graphs of some names, in the order of the names, all of which the manifest was checked to have."""
         graphs = {graph.name: graph for graph in self.graphs}
         return [graphs[name] for name in names]
+
+    def pieces(self, role: Role, block: int) -> tuple[Graph, ...]:
+        """The graphs that together are one of a block, in the order in which they run; none if it has no such role."""
+        found = [graph for graph in self.graphs if graph.role == role and graph.block == block]
+        return tuple(sorted(found, key=lambda graph: graph.part))
 
     def graph(self, role: Role, block: int | None = None) -> Graph:
         """The graph with a role, of one block where there is one a block.

@@ -115,11 +115,19 @@ class Sessions:
             values: by name, what is given.
             wanted: names of the results; those that no part gives are absent.
         """
-        known: dict[str, Array] = dict(values)
+        return self.run_parts_of_all(graphs, [values], wanted)[0]
+
+    def run_parts_of_all(
+        self, graphs: Sequence[Graph], batches: Sequence[Values], wanted: Collection[str]
+    ) -> list[dict[str, Array]]:
+        """As `run_parts` for each of `batches`; every graph is opened once for all."""
+        known = [dict(values) for values in batches]
         for number, graph in enumerate(graphs):
-            known |= self.run(graph, known)
             needed = {spec.name for later in graphs[number + 1 :] for spec in later.inputs}.union(wanted)
-            known = {name: value for name, value in known.items() if name in needed}
+            with self.opened(graph) as session:
+                for place, values in enumerate(known):
+                    found = values | session.run(values)
+                    known[place] = {name: value for name, value in found.items() if name in needed}
         return known
 
     def close(self) -> None:

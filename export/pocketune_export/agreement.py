@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 """Others are not read."""
 SCHEMA_MINOR: Final = 1
-"""Older ones are read: they lack fields for which the device has defaults. 1: `noise_schedule.ddim`."""
+"""Older ones are read: they lack fields for which the device has defaults. 1: `noise_schedule.ddim`, `part` of graphs."""
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = "manifest.sha256"
 MAX_ELEMENTS = 2**40
 """Of a tensor, and the largest count anywhere."""
 MAX_PATH_CHARACTERS = 300
+CARRIED = "carried_"
+"""Begins the names of what pieces of one graph hand to each other."""
 
 Role = Literal[
     "train_step",
@@ -110,8 +112,12 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
     if missing:
         yield f"the file {min(missing)} is used but not listed"
     names = [graph.name for graph in manifest.graphs]
-    if len(set(names)) != len(names) or len({(graph.role, graph.block) for graph in manifest.graphs}) != len(names):
+    places = {(graph.role, graph.block, graph.part) for graph in manifest.graphs}
+    if len(set(names)) != len(names) or len(places) != len(names):
         yield "two graphs have one name or role"
+    for role, block, part in places:
+        if part and ((role, block, part - 1) not in places or role not in ("block_forward", "block_vjp")):
+            yield f"a graph is part {part} of {role} and has no part {part - 1}"
     parts = [*manifest.vae.encoder, *manifest.vae.decoder, *(name for of in manifest.text_encoders for name in of.graphs)]
     unknown = set(parts) - set(names)
     if unknown:

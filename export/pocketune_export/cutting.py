@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from pocketune_export.agreement import CARRIED
 from pocketune_export.capture import NAMES, Capture
 from pocketune_export.graphspec import TensorSpec
+
+PIECE_BYTES = 2**27
+"""Of the weights of a part of a block, as float32; what a device maps at once when it runs block by block."""
 
 
 def cut(whole: Capture) -> tuple[Capture, ...]:
@@ -20,15 +24,66 @@ def cut(whole: Capture) -> tuple[Capture, ...]:
     bit for bit. Where a value that would have to be handed over is no float32 or int64 tensor, there is no cut.
     """
     nodes = [node for node in whole.module.graph.nodes if node.op == "call_function"]
+    starts = _layer_starts(nodes, {node: name for name, node in whole.weight_nodes.items()})
+    return _cut_at(whole, nodes, [start for start in starts if _is_cuttable(nodes, start)])
+
+
+def cut_by_bytes(whole: Capture, *, limit: int = PIECE_BYTES) -> tuple[Capture, ...]:
+    """Cut so that each part uses at most `limit` bytes of weights, counted as float32, or those of one operator.
+
+    As `cut` otherwise. What follows from weights alone, as a transposed one, is not handed over but made again.
+    """
+    weights, own = set(whole.weight_nodes.values()), _weights_alone(whole)
+    nodes = [node for node in whole.module.graph.nodes if node.op == "call_function" and node not in own]
+    starts: list[int] = []
+    held: set[Node] = set()
+    for number, node in enumerate(nodes):
+        needed = weights.intersection(_with_own(node.all_input_nodes, own))
+        if held and _bytes(held | needed) > limit and _is_cuttable(nodes, number):
+            starts.append(number)
+            held = set()
+        held |= needed
+    return _cut_at(whole, nodes, starts, own)
+
+
+def _cut_at(whole: Capture, nodes: Sequence[Node], starts: Sequence[int], own: Collection[Node] = ()) -> tuple[Capture, ...]:
+    """The parts that begin at the first node and at `starts`; nodes of `own` are in every part that uses them."""
     place = {node: number for number, node in enumerate(nodes)}
-    last_use = {node: max((place[user] for user in node.users if user in place), default=0) for node in nodes}
-    starts = [0]
-    for start in _layer_starts(nodes, {node: name for name, node in whole.weight_nodes.items()}):
-        if all(_can_be_handed_over(node) for node in nodes[:start] if last_use[node] >= start):
-            starts.append(start)
-    part_of = {node: sum(place[node] >= start for start in starts[1:]) for node in nodes}
+    part_of = {node: sum(place[node] >= start for start in starts) for node in nodes}
     names = _names_of_values(whole, part_of)
-    return tuple(_part(whole, number, part_of, names) for number in range(len(starts)))
+    return tuple(_part(whole, number, part_of, names, own) for number in range(len(starts) + 1))
+
+
+def _is_cuttable(nodes: Sequence[Node], start: int) -> bool:
+    """Whether all that is made before `start` and used from there on can be handed over."""
+    later = set(nodes[start:])
+    return all(_can_be_handed_over(node) for node in nodes[:start] if not later.isdisjoint(node.users))
+
+
+def _weights_alone(whole: Capture) -> set[Node]:
+    """Operators whose result follows from weights and constants."""
+    fixed = set(whole.weight_nodes.values())
+    made: set[Node] = set()
+    for node in whole.module.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr":
+            fixed.add(node)
+        elif node.op == "call_function" and sources and all(source in fixed for source in sources):
+            fixed.add(node)
+            made.add(node)
+    return made - set(_results(whole))
+
+
+def _with_own(nodes: Iterable[Node], own: Collection[Node]) -> Iterator[Node]:
+    """The nodes, and what those of `own` are made of."""
+    for node in nodes:
+        yield node
+        if node in own:
+            yield from _with_own(node.all_input_nodes, own)
+
+
+def _bytes(weights: Collection[Node]) -> int:
+    return sum(int(node.meta["val"].numel()) * torch.float32.itemsize for node in weights)
 
 
 def _layer_starts(nodes: Sequence[Node], weights: dict[Node, str]) -> list[int]:
@@ -58,14 +113,14 @@ def _names_of_values(whole: Capture, part_of: dict[Node, int]) -> dict[Node, str
         names.setdefault(node, spec.name)
     for node, part in part_of.items():
         if node not in names and any(part_of.get(user, part) != part for user in node.users):
-            names[node] = f"carried_{len(names)}"
+            names[node] = f"{CARRIED}{len(names)}"
     return names
 
 
-def _part(whole: Capture, number: int, part_of: dict[Node, int], names: dict[Node, str]) -> Capture:
+def _part(whole: Capture, number: int, part_of: dict[Node, int], names: dict[Node, str], own: Collection[Node]) -> Capture:
     nodes = [node for node, part in part_of.items() if part == number]
     last = number == max(part_of.values())
-    sources = {source for node in nodes for source in node.all_input_nodes}
+    sources = {source for node in nodes for source in _with_own(node.all_input_nodes, own)}
     results = _results(whole)
     # A result that no operator makes is given by the last part.
     given = [node for node in names if part_of.get(node, -1) == number or (last and node not in part_of)]
@@ -86,7 +141,7 @@ def _part(whole: Capture, number: int, part_of: dict[Node, int], names: dict[Nod
     for name in weights:
         copies[whole.weight_nodes[name]] = graph.placeholder(name.replace(".", "_"))
     for node in whole.module.graph.nodes:
-        if (node.op == "get_attr" and node in sources) or part_of.get(node) == number:
+        if (node in sources and (node.op == "get_attr" or node in own)) or part_of.get(node) == number:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     for node, copy in copies.items():
         copy.meta = dict(node.meta)

@@ -210,7 +210,8 @@ class _Export:
         weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
         component = Component(f"{self._folder.family.component}.", weights, "weights/denoiser.bin")
         for traced in graphs.trace():
-            self._add(traced, component)
+            for piece in traced.pieces():
+                self._add(piece, component)
         return Described(
             model=m.Model(
                 name=self._folder.name,

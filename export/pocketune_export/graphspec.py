@@ -64,6 +64,7 @@ class Graph(Strict):
         description="Which block, of block_forward and block_vjp; which part, of text_encoder (counted through all encoders), "
         "vae_encoder and vae_decoder; else null."
     )
+    part: Count = Field(description="Which piece of a block's graph, where that is cut; all run in order. Else 0.")
     parameters: tuple[Count, Count] | None = Field(
         description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without LoRA."
     )

@@ -75,7 +75,7 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
 
 def _denoiser(bundle: Bundle, flat: NDArray[np.float32]) -> ModelProto:
     manifest = bundle.manifest
-    blocks = [manifest.graph("block_forward", block) for block in range(manifest.model.block_count)]
+    blocks = [piece for block in range(manifest.model.block_count) for piece in manifest.pieces("block_forward", block)]
     graphs = [manifest.graph("embed"), *blocks, manifest.graph("head")]
     constants = {f"{graph.name}/parameters": flat[slice(*graph.parameters)] for graph in graphs if graph.parameters is not None}
     return _joined(bundle, graphs, _DENOISER_INPUTS, {"prediction": "out_hidden_states"}, constants)
@@ -107,6 +107,8 @@ def _joined(
 ) -> ModelProto:
     """One model of graphs that follow each other: what one gives as NAME or new_NAME, a later one takes as NAME.
 
+    A new_NAME is for the graphs behind all pieces of a block; those pieces still take the NAME that enters it.
+
     Args:
         bundle: of the graphs.
         graphs: in order.
@@ -116,7 +118,11 @@ def _joined(
     """
     result = GraphProto(name="main")
     current: dict[str, str] = {}
+    leaving: dict[str, str] = {}
     for graph in graphs:
+        if graph.part == 0:
+            current |= leaving
+            leaving = {}
         part = onnx.load_model_from_string(bundle.read(graph.file)).graph
         names: dict[str, str] = {}
         for port in part.input:
@@ -132,8 +138,11 @@ def _joined(
                 added.CopyFrom(port)
                 added.name = inputs[port.name]
         for port in part.output:
-            plain = port.name.removeprefix("new_")
-            current[plain] = names[port.name] = outputs.get(port.name, f"{graph.name}/{port.name}")
+            names[port.name] = outputs.get(port.name, f"{graph.name}/{port.name}")
+            if port.name.startswith("new_"):
+                leaving[port.name.removeprefix("new_")] = names[port.name]
+            else:
+                current[port.name] = names[port.name]
             if port.name in outputs:
                 added = result.output.add()
                 added.CopyFrom(port)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper, shape_inference
 
+from pocketune_export.agreement import CARRIED
 from pocketune_export.graphspec import Graph
 from pocketune_export.manifest import Memory
 
@@ -52,11 +53,11 @@ def planned_memory(graphs: Sequence[Graph], *, points: int = 1) -> Memory:
     trained = {graph.block for graph in graphs if graph.role == "block_vjp"}
     entering = next(graph for graph in graphs if graph.role == "embed").outputs
     kept = (points - 1) * sum(spec.elements * FLOAT_BYTES for spec in entering) + sum(
-        spec.elements * FLOAT_BYTES
-        for graph in graphs
-        if graph.role == "block_forward" and graph.block in trained
-        for spec in graph.inputs
-        if spec.name != "parameters"
+        elements * FLOAT_BYTES
+        for pieces in _pieces(graphs)
+        if pieces[0].role == "block_forward" and pieces[0].block in trained
+        for name, elements in _given(pieces).items()
+        if name != "parameters"
     )
     optimizer = next((graph for graph in graphs if graph.role == "adamw"), step)
     vectors = sum(spec.elements * FLOAT_BYTES for spec in optimizer.inputs if spec.name in STATE)
@@ -64,9 +65,33 @@ def planned_memory(graphs: Sequence[Graph], *, points: int = 1) -> Memory:
     return Memory(
         one_graph_anonymous=step.activation_bytes + _input_bytes(step),
         one_graph_mapped=step.weight_bytes,
-        streaming_anonymous=state + kept + max(graph.activation_bytes + _input_bytes(graph) for graph in streaming),
+        streaming_anonymous=state + kept + max(map(_peak, _pieces(streaming))),
         streaming_mapped=max(graph.weight_bytes for graph in streaming),
     )
+
+
+def _pieces(graphs: Sequence[Graph]) -> list[list[Graph]]:
+    """The graphs, those together that are pieces of one."""
+    found: dict[tuple[str, int | None], list[Graph]] = {}
+    for graph in graphs:
+        found.setdefault((graph.role, graph.block), []).append(graph)
+    return [sorted(pieces, key=lambda graph: graph.part) for pieces in found.values()]
+
+
+def _given(pieces: Sequence[Graph]) -> dict[str, int]:
+    """Elements of each input that no other piece makes."""
+    return {spec.name: spec.elements for piece in pieces for spec in piece.inputs if not spec.name.startswith(CARRIED)}
+
+
+def _peak(pieces: Sequence[Graph]) -> int:
+    """Bytes of inputs, of what is handed on, and of intermediate results, at the piece that needs most."""
+    given = sum(_given(pieces).values()) * FLOAT_BYTES
+    peaks = []
+    for number, piece in enumerate(pieces):
+        needed = {spec.name for later in pieces[number:] for spec in later.inputs}
+        handed = sum(spec.elements for earlier in pieces[:number] for spec in earlier.outputs if spec.name in needed)
+        peaks.append(given + handed * FLOAT_BYTES + piece.activation_bytes)
+    return max(peaks)
 
 
 def _roots(graph: GraphProto) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from pocketune_export import manifest as m
 from pocketune_export.agreement import SCHEMA_MINOR, SCHEMA_VERSION, Role
 from pocketune_export.bundle import describe_file, seal
 from pocketune_export.capture import Capture
+from pocketune_export.cutting import cut_by_bytes
 from pocketune_export.graphspec import Graph
 from pocketune_export.onnx import lower
 from pocketune_export.onnx_builder import OPSET
@@ -32,6 +33,7 @@ class Traced:
         block: which block or encoder, where there is one graph for each.
         parameters: the slice of the flat vector that it takes, if it takes any.
         capture: the graph.
+        part: which piece of a block's graph.
     """
 
     name: str
@@ -39,6 +41,16 @@ class Traced:
     block: int | None
     parameters: tuple[int, int] | None
     capture: Capture
+    part: int = 0
+
+    def pieces(self) -> tuple[Traced, ...]:
+        """A block's graph in pieces of bounded weights, if it has more; any other as it is."""
+        parts = cut_by_bytes(self.capture) if self.role in ("block_forward", "block_vjp") else ()
+        if len(parts) < 2:
+            return (self,)
+        return tuple(
+            replace(self, name=f"{self.name}-{number:02d}", part=number, capture=part) for number, part in enumerate(parts)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class BundleWriter:
             file=f"{traced.name}.onnx",
             role=traced.role,
             block=traced.block,
+            part=traced.part,
             parameters=traced.parameters,
             inputs=traced.capture.inputs,
             outputs=traced.capture.outputs,

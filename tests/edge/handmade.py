@@ -120,6 +120,7 @@ def make_bundle(folder: Path) -> Path:
                 "file": "head.onnx",
                 "role": "head",
                 "block": None,
+                "part": 0,
                 "parameters": None,
                 "inputs": [port("image", 1, TOKENS, WIDTH), port("embedding", 1, WIDTH)],
                 "outputs": [port("velocity", 1, TOKENS, WIDTH)],

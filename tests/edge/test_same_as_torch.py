@@ -73,8 +73,9 @@ def test_training_levels_of_a_diffusion_equal_pytorch() -> None:
     noise, scheduler = diffusion("epsilon", spacing="leading", offset=1, final_signal=1.0)
     ours, theirs = training_levels(noise), TorchNoiseSchedule.of(DDPMScheduler.from_config(scheduler.config))
     assert theirs.alphas is not None and ours.alphas is not None
-    for found, expected in ((ours.timesteps, theirs.timesteps), (ours.sigmas, theirs.sigmas), (ours.alphas, theirs.alphas)):
-        assert np.array_equal(found, expected.numpy())
+    assert np.array_equal(ours.timesteps, theirs.timesteps.numpy())
+    for found, expected in ((ours.sigmas, theirs.sigmas), (ours.alphas, theirs.alphas)):
+        np.testing.assert_array_max_ulp(found, expected.numpy(), 1)  # torch's vectorised root is not always rounded to nearest
 
 
 @pytest.mark.parametrize("objective", ["epsilon", "v_prediction"])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketune_export.capture import Capture, capture, frozen_weights
-from pocketune_export.cutting import cut
+from pocketune_export.cutting import cut, cut_by_bytes
 from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
 
@@ -64,6 +64,31 @@ def test_parts_equal_the_whole(model: nn.Module) -> None:
     for name, expected in run(whole, model, example).items():
         assert torch.equal(known[name], expected)
     assert {item.name for part in parts for item in part.outputs} >= {"second", "pooled"}
+
+
+def test_parts_of_bounded_weights_equal_the_whole(model: nn.Module) -> None:
+    """Forward and backward, where each weight is used twice, the second time transposed."""
+
+    def step(given: Named) -> dict[str, Tensor]:
+        x = given["x"].detach().requires_grad_()
+        y = x
+        for layer in model.layers:
+            y = y + torch.tanh(layer(y))
+        return {"y": y, "grad_x": torch.autograd.grad((y * y).sum(), [x])[0]}
+
+    whole = capture(model, step, (spec("x", (2, WIDTH), "x"),), {"y": "y", "grad_x": "of the sum of squares"})
+    limit = 4 * (WIDTH * WIDTH + WIDTH)
+    parts = cut_by_bytes(whole, limit=limit)
+    assert len(parts) > 3
+    example = {"x": torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))}
+    known, weights = dict(example), frozen_weights(model)
+    for part in parts:
+        assert sum(4 * weights[name].numel() for name in part.weights) <= limit
+        assert (WIDTH, WIDTH) not in {item.shape for item in part.inputs}
+        known |= run(part, model, known)
+    for name, expected in run(whole, model, example).items():
+        assert torch.equal(known[name], expected)
+    assert len(cut_by_bytes(whole)) == 1
 
 
 def test_what_has_no_layers_stays_whole(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The law of the exporter: a bundle trains as PyTorch does, in one graph and block by block, however its weights are stored."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import Adapter
 from pocketune_edge.state import fresh_state
+from pocketune_export.cutting import cut_by_bytes
 from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
 from tests.export.conftest import Exporting
 
@@ -52,6 +54,25 @@ def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str)
         np.testing.assert_allclose(second.gradients, first.gradients, rtol=0, atol=1e-6 * largest)
         np.testing.assert_allclose(second.state.parameters, first.state.parameters, rtol=0, atol=TOLERANCE)
         state = first.state
+
+
+def test_blocks_in_pieces_train_alike(
+    export_small: Exporting, small_model: ModelFolder, bundles: Mapping[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large blocks are cut so that less of their weights is mapped at once; here small ones are."""
+    limit = 2**16
+    monkeypatch.setattr("pocketune_export.writer.cut_by_bytes", partial(cut_by_bytes, limit=limit))
+    bundle = export_small(skip="1")["fp32"]
+    for role in ("block_forward", "block_vjp"):
+        pieces = bundle.manifest.pieces(role, 2)  # type: ignore[arg-type]
+        [whole] = bundles["fp32"].manifest.pieces(role, 2)  # type: ignore[arg-type]
+        assert [piece.part for piece in pieces] == list(range(len(pieces)))
+        assert max(piece.weight_bytes for piece in pieces) < whole.weight_bytes / 2
+    assert bundle.manifest.memory.streaming_mapped < bundles["fp32"].manifest.memory.streaming_mapped
+    found = verify(bundle, model=small_model.path, steps=3, mode="streaming")
+    assert found.passed, (found.worst_parameter, found.parameters[found.worst_parameter], found.loss)
+    total = sum(path.stat().st_size for path in bundle.path.glob("weights/*"))
+    assert total == sum(path.stat().st_size for path in bundles["fp32"].path.glob("weights/*"))
 
 
 def test_verification_finds_a_wrong_weight(bundles: Mapping[str, Bundle], small_model: ModelFolder) -> None:
