@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -43,7 +44,7 @@ def build(name: str, folder: Path) -> Path:
 
 def small_unet(name: str, folder: Path) -> Path:
     """The tiny pipeline of a U-Net with one layer a stage, that is seven blocks, the middle being block 2."""
-    pipeline = StableDiffusionPipeline.from_pretrained(build(name, folder / name), safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(build(name, folder / name))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | {"layers_per_block": 1})

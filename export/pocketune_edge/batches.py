@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pocketune.sampling.draws import Crop, Draw, Kind, cut, noise_for
+from pocketune.sampling.draws import Crop, Draw, Kind, crop_sizes, cut, noise_for
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.noise import training_levels
 from pocketune_edge.session import Array, Sessions
@@ -20,10 +20,14 @@ CropKey = tuple[Kind, int, Crop]
 
 @dataclass(frozen=True)
 class Posterior:
-    """The image encoder's distribution of one crop. mean, std: (1, channels, height, width)."""
+    """The image encoder's distribution of one crop, and what it was cut from.
+
+    mean, std: (1, channels, height, width). sizes: (1, 6), of photo, crop and result as SDXL takes them.
+    """
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    sizes: NDArray[np.float32]
 
 
 def encode_crops(
@@ -40,9 +44,12 @@ def encode_crops(
     graphs = manifest.named(manifest.vae.encoder)
     rows = graphs[0].shape_of("pixels")[0]
     for done, (kind, image, crop) in enumerate(wanted):
-        pixels = cut(images[kind][image], crop, resolution=manifest.batch.resolution)[None]
+        resolution = manifest.batch.resolution
+        pixels = cut(images[kind][image], crop, resolution=resolution)[None]
         found = sessions.run_parts(graphs, {"pixels": np.repeat(pixels, rows, axis=0)}, ("mean", "std"))
-        posteriors[kind, image, crop] = Posterior(*(found[name][:1].astype(np.float32) for name in ("mean", "std")))
+        mean, std = (found[name][:1].astype(np.float32) for name in ("mean", "std"))
+        sizes = np.array([crop_sizes(images[kind][image].size, crop, resolution=resolution)], np.float32)
+        posteriors[kind, image, crop] = Posterior(mean, std, sizes)
         on_crop(done + 1, len(wanted))
     return posteriors
 
@@ -96,6 +103,7 @@ class BatchMaker:
             "noise": np.concatenate(noises),
             "timesteps": self._levels.timesteps[indices],
             "sigmas": self._levels.sigmas[indices],
+            "prompt_sizes": np.concatenate([self._posteriors[draw.kind, draw.image, draw.crop].sizes for draw in draws]),
         }
         if self._levels.alphas is not None:
             stacked["alphas"] = self._levels.alphas[indices]

@@ -94,6 +94,7 @@ class Model:
     note: str | None
     block_count: Size
     streams: Annotated[tuple[Name, ...], _SOME]
+    zero_negative: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pocketune.sampling.philox import Stream, normals
 from pocketune_edge.denoiser import Denoiser, Floats
 from pocketune_edge.noise import sampler_of
 from pocketune_edge.session import Array, Sessions
-from pocketune_edge.text import Prompt, encode_prompts, stack
+from pocketune_edge.text import Prompt, encode_prompts, negative_prompt, stack
 
 GROUP = 4
 """Images that are made at once; with streaming, each block is read once a step for so many."""
@@ -42,7 +42,8 @@ def render(
         parameters: the flat vector of the LoRA; zeros for the base model.
         on_step: called with (done, total) sampler steps of all images.
     """
-    encoded = encode_prompts(sessions, [*prompts, ""] if guidance > 1 else prompts)
+    encoded = encode_prompts(sessions, prompts)
+    negative = negative_prompt(sessions) if guidance > 1 else None
     shape = (1, *sessions.bundle.manifest.batch.latent_shape)
     total = len(prompts) * steps
     for start in range(0, len(prompts), GROUP):
@@ -55,7 +56,7 @@ def render(
             Denoiser(sessions),
             [normals(seeds[number], Stream.SAMPLING, shape).astype(np.float32) for number in chosen],
             [encoded[prompts[number]] for number in chosen],
-            encoded.get("") if guidance > 1 else None,
+            negative,
             steps=steps,
             guidance=guidance,
             parameters=parameters,
@@ -120,12 +121,14 @@ def _predictions(
 ) -> list[Floats]:
     """What the denoiser predicts for each row; rows are run in parts of the graphs' size, the last one filled up."""
     batches: list[dict[str, Array]] = []
+    side = denoiser.manifest.batch.resolution
     for start in range(0, len(rows), denoiser.rows):
         numbers = [min(start + number, len(rows) - 1) for number in range(denoiser.rows)]
         batches.append(
             {
                 "noisy": np.concatenate([rows[number] for number in numbers]),
                 "timesteps": np.full((denoiser.rows,), timestep, np.float32),
+                "prompt_sizes": np.array([[side, side, 0, 0, side, side]] * denoiser.rows, np.float32),
                 **stack([prompts[number] for number in numbers]),
             }
         )

@@ -45,6 +45,18 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
         }
 
 
+def negative_prompt(sessions: Sessions) -> Prompt:
+    """What guidance leads away from: the empty prompt, or zeros where the model was trained so.
+
+    Raises:
+        BundleError: a tokenizer is damaged.
+    """
+    [empty] = encode_prompts(sessions, [""]).values()
+    if not sessions.bundle.manifest.model.zero_negative:
+        return empty
+    return Prompt(np.zeros_like(empty.hidden), None if empty.pooled is None else np.zeros_like(empty.pooled))
+
+
 def stack(prompts: Sequence[Prompt]) -> dict[str, Array]:
     """The inputs of graphs that some prompts are, a row each."""
     found = {"prompt_hidden": np.concatenate([prompt.hidden for prompt in prompts])}

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 """Others are not read."""
 SCHEMA_MINOR: Final = 1
-"""Older ones are read: they lack fields for which the device has defaults. 1: `noise_schedule.ddim`, `part` of graphs."""
+"""Older ones are read: they lack fields for which the device has defaults.
+
+1: `noise_schedule.ddim`, `model.zero_negative`, `part` of graphs.
+"""
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = "manifest.sha256"
 MAX_ELEMENTS = 2**40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pocketune.errors import ModelError, PlanError, RecipeError
+from pocketune.models import unet
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import NoiseSchedule
@@ -61,6 +62,11 @@ def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
         msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
         raise PlanError(msg)
     return side
+
+
+def zero_negative(folder: ModelFolder) -> bool:
+    """Whether guidance leads away from zeros, as diffusers' SDXL pipeline does by default."""
+    return folder.family is unet.SDXL and bool(folder.index.get("force_zeros_for_empty_prompt", True))
 
 
 def noise_schedule(folder: ModelFolder) -> m.NoiseSchedule:

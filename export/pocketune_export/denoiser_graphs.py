@@ -121,7 +121,8 @@ class DenoiserGraphs:
         meanings = CONTEXT_MEANINGS | {name: f"the {name} stream that enters block 0" for name in names}
         sample = batch_inputs(self._sizes)
         noisy = spec("noisy", sample["latents"].shape, "alpha latents + sigma noise")
-        taken = (sample[name] for name in ("timesteps", "prompt_hidden", "prompt_pooled") if name in sample)
+        names_taken = ("timesteps", "prompt_hidden", "prompt_pooled", "prompt_sizes")
+        taken = (sample[name] for name in names_taken if name in sample)
         return capture(self._model, embed, (noisy, *taken), meanings)
 
     def _capture_forwards(self) -> list[Capture]:

@@ -31,7 +31,7 @@ from pocketune_export.agreement import Role
 from pocketune_export.bundle import new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
-from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of
+from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of, zero_negative
 from pocketune_export.denoiser_graphs import DenoiserGraphs
 from pocketune_export.quantize import Storage
 from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
@@ -39,7 +39,7 @@ from pocketune_export.sources import DenoiserWeights
 from pocketune_export.step_inputs import Sizes
 from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
 
-EXPORTABLE = (mmdit.FAMILY, unet.SD)
+EXPORTABLE = (mmdit.FAMILY, unet.SD, unet.SDXL)
 LORA_PATH = f"lora/{LORA_FILE}"
 
 
@@ -205,7 +205,8 @@ class _Export:
             text_width=text.width,
             pooled_width=text.pooled,
         )
-        sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled, schedule.objective)
+        takes_sizes = self._folder.family.takes_sizes
+        sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled, schedule.objective, takes_sizes)
         graphs = DenoiserGraphs(adapter, parameters, plan, recipe, sizes)
         weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
         component = Component(f"{self._folder.family.component}.", weights, "weights/denoiser.bin")
@@ -220,6 +221,7 @@ class _Export:
                 note=self._folder.note(),
                 block_count=self._folder.block_count,
                 streams=graphs.stream_names,
+                zero_negative=zero_negative(self._folder),
             ),
             recipe=recipe.model_dump(mode="json"),
             plan=m.Plan(spans=tuple(_describe_spans(plan, graphs)), use_residuals=recipe.use_residuals),

@@ -29,6 +29,7 @@ class Model(Strict):
         description="What flows from block to block; graph inputs have these names. A stream that a block takes and does not "
         "give back ends there; one that it does not take passes it by.",
     )
+    zero_negative: bool = Field(description="Whether guidance leads away from zeros, not from an encoded empty prompt.")
 
 
 class Span(Strict):

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
+from pocketune.models import unet
 from pocketune.models.load import ModelFolder
 from pocketune_export.capture import Capture, capture, frozen_weights
 from pocketune_export.graphspec import TensorSpec
@@ -98,10 +99,11 @@ def text_encoder(folder: ModelFolder, number: int, tokens: int) -> Part:
     model = _load(getattr(transformers, kind), folder.path / name)
 
     def encode(given: Named) -> dict[str, Tensor]:
-        if kind != _CLIP_POOLED:
+        if kind == _T5 or (kind == _CLIP and folder.family is not unet.SDXL):
             return {"hidden": model(given["ids"])[0]}
         result = model(given["ids"], output_hidden_states=True)
-        return {"hidden": result.hidden_states[-2], "pooled": result[0]}
+        found = {"hidden": result.hidden_states[-2]}
+        return found | {"pooled": result[0]} if kind == _CLIP_POOLED else found
 
     ids = TensorSpec(name="ids", shape=(1, tokens), dtype="int64", meaning="token ids, cut and padded")
     meanings = {"hidden": "encoded tokens", "pooled": "the prompt as one vector"}
@@ -111,8 +113,9 @@ def text_encoder(folder: ModelFolder, number: int, tokens: int) -> Part:
 def text_join(encoders: Mapping[int, Capture], folder: ModelFolder) -> tuple[Capture, TextSizes]:
     """What makes one prompt of the encoders' results, as `encode_prompt` of diffusers' pipelines does.
 
-    A single encoder without a pooled vector is taken as it is. Of Stable Diffusion 3, CLIP's tokens lie side by side, padded to
-    the denoiser's text width; T5's follow, or as many zeros where there is no T5.
+    A single encoder without a pooled vector is taken as it is. Of SDXL, the tokens of both lie side by side, and the second is
+    pooled. Of Stable Diffusion 3, CLIP's tokens lie side by side, padded to the denoiser's text width; T5's follow, or as many
+    zeros where there is no T5.
     """
     clips = [number for number, encoder in encoders.items() if any(out.name == "pooled" for out in encoder.outputs)]
     others = [number for number in encoders if number not in clips]
@@ -120,6 +123,9 @@ def text_join(encoders: Mapping[int, Capture], folder: ModelFolder) -> tuple[Cap
     def join(given: Named) -> dict[str, Tensor]:
         if not clips:
             return {"prompt_hidden": given[f"hidden_{others[0]}"]}
+        if folder.family is unet.SDXL:
+            hidden = torch.cat([given[f"hidden_{number}"] for number in encoders], dim=-1)
+            return {"prompt_hidden": hidden, "prompt_pooled": given[f"pooled_{clips[-1]}"]}
         width = int(folder.denoiser_config["joint_attention_dim"])
         side_by_side = torch.cat([given[f"hidden_{number}"] for number in clips], dim=-1)
         padded = torch.nn.functional.pad(side_by_side, (0, width - side_by_side.shape[-1]))

@@ -16,7 +16,7 @@ from pocketune_export.training import Named, spec
 class Sizes:
     """The static sizes of a step: rows of a batch, latent (channels, height, width), text tokens and widths; and its objective.
 
-    A pooled width of 0 stands for a denoiser that takes no pooled text.
+    A pooled width of 0 stands for a denoiser that takes no pooled text. takes_sizes: of photo and crop, as SDXL does.
     """
 
     rows: int
@@ -25,6 +25,7 @@ class Sizes:
     text_width: int
     pooled_width: int
     objective: Objective
+    takes_sizes: bool = False
 
 
 def batch_inputs(sizes: Sizes) -> dict[str, TensorSpec]:
@@ -37,10 +38,13 @@ def batch_inputs(sizes: Sizes) -> dict[str, TensorSpec]:
         "sigmas": ((rows,), "share of noise at each timestep"),
         "prompt_hidden": ((rows, sizes.text_tokens, sizes.text_width), "encoded text"),
         "prompt_pooled": ((rows, sizes.pooled_width), "encoded text, pooled"),
+        "prompt_sizes": ((rows, 6), "height and width of photo, top and left of crop, height and width of result"),
         "loss_weights": ((rows,), "1 / photos for a photo, prior_loss_weight / class_images for a class image"),
     }
     if not sizes.pooled_width:
         del shapes["prompt_pooled"]
+    if not sizes.takes_sizes:
+        del shapes["prompt_sizes"]
     if sizes.objective != "flow":
         shapes["alphas"] = ((rows,), "share of the clean latents at each timestep")
     return {name: spec(name, shape, meaning) for name, (shape, meaning) in shapes.items()}
@@ -48,4 +52,6 @@ def batch_inputs(sizes: Sizes) -> dict[str, TensorSpec]:
 
 def prompt_of(given: Named) -> Prompt:
     """The encoded prompt among named inputs; what a graph does not take is empty, and must not be needed."""
-    return Prompt(hidden=given.get("prompt_hidden", torch.empty(0)), pooled=given.get("prompt_pooled"))
+    return Prompt(
+        hidden=given.get("prompt_hidden", torch.empty(0)), pooled=given.get("prompt_pooled"), sizes=given.get("prompt_sizes")
+    )

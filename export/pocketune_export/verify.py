@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pocketune.errors import FileFormatError
 from pocketune.methods.base import Tuned
-from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
@@ -33,6 +33,7 @@ from pocketune_edge.settings import Settings
 from pocketune_edge.state import fresh_state
 from pocketune_edge.steps import Mode, Stepper, stepper_of
 from pocketune_export.quantize import Storage, stored_value
+from pocketune_export.step_inputs import prompt_of
 from pocketune_export.training import optimizer_inputs
 from pocketune_export.weights import plain_name
 
@@ -181,7 +182,7 @@ def as_batch(manifest: Manifest, batch: Mapping[str, Tensor]) -> Batch:
         sigmas=batch["sigmas"],
         alphas=batch.get("alphas"),
         objective=manifest.noise_schedule.objective,
-        prompt=Prompt(hidden=batch["prompt_hidden"], pooled=batch.get("prompt_pooled")),
+        prompt=prompt_of(batch),
         loss_weights=batch["loss_weights"],
         features=features,
     )

@@ -16,7 +16,7 @@ from pocketune_edge.delta import load_lora
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.sample import decode, denoise, to_image
 from pocketune_edge.session import Sessions
-from pocketune_edge.text import encode_prompts
+from pocketune_edge.text import encode_prompts, negative_prompt
 from tests.tolerances import EDGE_IMAGE_LEVELS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
@@ -40,12 +40,12 @@ def sample_on_device(bundle: Path, run: Path, prompts: Sequence[str], noise: tor
     """Three steps at guidance 5 with the LoRA of a run; noise: one latent a prompt."""
     opened = open_bundle(bundle)
     sessions = Sessions(opened, keep=False, threads=1)
-    encoded = encode_prompts(sessions, [*prompts, ""])
+    encoded = encode_prompts(sessions, prompts)
     latents = denoise(
         Denoiser(sessions),
         [noise[number : number + 1].numpy() for number in range(len(prompts))],
         [encoded[prompt] for prompt in prompts],
-        encoded[""],
+        negative_prompt(sessions),
         steps=3,
         guidance=5.0,
         parameters=load_lora(opened, run).flat,

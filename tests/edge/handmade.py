@@ -69,6 +69,7 @@ def make_bundle(folder: Path) -> Path:
             "note": None,
             "block_count": 1,
             "streams": ["image", "text"],
+            "zero_negative": False,
         },
         "recipe": RECIPE,
         "plan": {

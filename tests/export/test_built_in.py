@@ -1,4 +1,4 @@
-"""The shipped models, half of whose blocks are skipped, train from a bundle as in PyTorch."""
+"""The shipped models, half of whose blocks are skipped, train from a bundle as in PyTorch; `test_parity.py` has small ones."""
 
 import pytest
 
@@ -17,6 +17,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return open_bundle(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "steps"), [("one graph", 20), ("streaming", 3)])
 def test_steps_equal_pytorch(bundle: Bundle, mode: Mode, steps: int) -> None:
     spans = bundle.manifest.plan.spans

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pocketune.errors import ModelError
 from pocketune.models.base import Prompt
-from pocketune.sampling.draws import Crop, Draw, Kind, cut, noise_for
+from pocketune.sampling.draws import Crop, Draw, Kind, crop_sizes, cut, noise_for
 from pocketune.step import Batch, Features, Objective
 
 CropKey = tuple[Kind, int, Crop, bool]
@@ -109,7 +109,8 @@ def encode_crops(
         else:
             mean = (encoded.latent - shift) * scale
             std = torch.zeros_like(mean)
-        posteriors[kind, image, crop, low] = Posterior(mean.cpu(), std.cpu(), _sizes(images[kind][image], crop, side))
+        sizes = torch.tensor([crop_sizes(images[kind][image].size, crop, resolution=side)], dtype=torch.float32)
+        posteriors[kind, image, crop, low] = Posterior(mean.cpu(), std.cpu(), sizes)
         on_crop(done + 1, len(wanted))
     return posteriors
 
@@ -180,13 +181,3 @@ class BatchMaker:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
-
-
-def _sizes(image: Image.Image, crop: Crop, resolution: int) -> Tensor:
-    """(1, 6): height and width of the photo; top and left of the crop in the resized photo; height and width of the result.
-
-    Paper: Podell et al. 2023 (SDXL), section 2.2.
-    """
-    scale = resolution / crop.side
-    values = (image.height, image.width, round(crop.top * scale), round(crop.left * scale), resolution, resolution)
-    return torch.tensor([values], dtype=torch.float32)

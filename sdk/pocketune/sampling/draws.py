@@ -163,6 +163,15 @@ def centre_crop(size: tuple[int, int]) -> Crop:
     return Crop(left=(width - side) // 2, top=(height - side) // 2, side=side)
 
 
+def crop_sizes(size: tuple[int, int], crop: Crop, *, resolution: int) -> tuple[int, int, int, int, int, int]:
+    """Height and width of an image; top and left of a crop in the resized image; height and width of the result, in pixels.
+
+    Paper: Podell et al. 2023 (SDXL), section 2.2.
+    """
+    scale, (width, height) = resolution / crop.side, size
+    return height, width, round(crop.top * scale), round(crop.left * scale), resolution, resolution
+
+
 def cut(image: Image.Image, crop: Crop, *, resolution: int) -> NDArray[np.float32]:
     """Cut and resize, (3, resolution, resolution) in [-1, 1]."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
