@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pocketune.errors import FileFormatError
-from pocketune_export.agreement import Role, graph_faults, parameter_faults, plan_faults
+from pocketune_export.agreement import graph_faults, parameter_faults, plan_faults
 from pocketune_export.graphspec import BundlePath, Count, Digest, Fraction, Graph, Name, Size, Strict
 
 
@@ -216,18 +215,6 @@ class Manifest(Strict):
         for complaint in (*plan_faults(self), *parameter_faults(self.lora), *graph_faults(self)):
             raise ValueError(complaint)
         return self
-
-    def graph(self, role: Role, block: int | None = None) -> Graph:
-        """The graph with a role, of one block where there is one a block.
-
-        Raises:
-            FileFormatError: the bundle has none.
-        """
-        for graph in self.graphs:
-            if graph.role == role and graph.block == block:
-                return graph
-        msg = f"the bundle has no graph {role}{'' if block is None else f' of block {block}'}. Export it again."
-        raise FileFormatError(msg)
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`, the same for equal manifests."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketune.errors import FileFormatError
+from pocketune.jsonfile import read_object
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
 from pocketune.scalesfile import describe_scales
 from pocketune.tensorfile import TensorFile, open_tensor_file
@@ -20,7 +20,6 @@ TOKEN_FILE = Path("token/learned_embeds.safetensors")
 _RECORDS = ("run.json", "edge.json")  # of a run on this side, or on a device
 
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_JSON_LIMIT_BYTES = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,7 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
 
 def _inspect_run(folder: Path) -> Inspection:
     found = next((name for name in _RECORDS if (folder / name).is_file()), None)
-    record = _read_json(folder / found) if found is not None else {}
+    record = read_object(folder / found) if found is not None else {}
     checkpoints = [name for name in _names(folder / "checkpoints") if name.endswith(".safetensors")]
     notes: tuple[str, ...] = ()
     steps = None
@@ -157,7 +156,7 @@ def _inspect_run(folder: Path) -> Inspection:
 
 
 def _inspect_model(folder: Path) -> Inspection:
-    index = _read_json(folder / "model_index.json")
+    index = read_object(folder / "model_index.json")
     components: dict[str, Any] = {}
     notes = []
     for name, value in index.items():
@@ -192,7 +191,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """Give the files that together hold a component once: the shards of an index, else the file without a variant name."""
     indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: (path.name.count("."), path.name))
     if indexes:
-        shards = _read_json(indexes[0]).get("weight_map")
+        shards = read_object(indexes[0]).get("weight_map")
         names = set(shards.values()) if isinstance(shards, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             msg = f"{indexes[0]} is damaged: expected a weight_map of file names in the same folder. Copy the model again."
@@ -202,7 +201,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _inspect_bundle(folder: Path) -> Inspection:
-    manifest = _read_json(folder / "manifest.json")
+    manifest = read_object(folder / "manifest.json")
     graphs = manifest.get("graphs")
     names = list(graphs) if isinstance(graphs, dict) else [g.get("name") for g in graphs or [] if isinstance(g, dict)]
     facts = {
@@ -212,24 +211,6 @@ def _inspect_bundle(folder: Path) -> Inspection:
     }
     notes = () if facts["schema_version"] is not None else ("The manifest names no schema_version.",)
     return Inspection(kind="bundle", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _JSON_LIMIT_BYTES:
-            msg = f"{path} has more than {_JSON_LIMIT_BYTES // 1_000_000} MB, which is no plausible size. Copy it again."
-            raise FileFormatError(msg)
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
-        raise FileFormatError(msg) from error
-    except (ValueError, RecursionError) as error:
-        msg = f"{path} is not valid JSON: {error}. Copy it again."
-        raise FileFormatError(msg) from error
-    if not isinstance(value, dict):
-        msg = f"{path} holds a {type(value).__name__}, expected a JSON object. Copy it again."
-        raise FileFormatError(msg)
-    return value
 
 
 def _names(folder: Path) -> list[str]:

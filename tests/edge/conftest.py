@@ -1,6 +1,7 @@
 """Fixtures: bundles of the tiny model, exported once."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from pocketune import Recipe
 from pocketune_export.exporter import export_trainable
+from tests.edge.handmade import make_bundle
 
 SETTINGS: dict[str, Any] = {
     "instance_prompt": "a photo of sks toy",
@@ -40,6 +42,18 @@ def whole_bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     recipe = edge_recipe(batch_size=2, class_prompt="a photo of a toy", class_images=2, prior_loss_weight=0.5)
     export_trainable(recipe=recipe, out=out, model=tiny_folder)
     return out
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle made by hand, never to be changed."""
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "sound")
+
+
+@pytest.fixture
+def bundle(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(sound, tmp_path / "bundle"))
 
 
 def recipe_of(record: dict[str, Any]) -> Recipe:

@@ -13,17 +13,7 @@ import pytest
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.errors import BundleError
 from pocketune_edge.session import Session
-from tests.edge.handmade import TOKENS, WIDTH, head_graph, make_bundle, pack, read_manifest_json, seal
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundles") / "sound")
-
-
-@pytest.fixture
-def bundle(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "bundle"))
+from tests.edge.handmade import TOKENS, WIDTH, head_graph, pack, read_manifest_json, seal
 
 
 def run_head(bundle: Bundle) -> np.ndarray[Any, Any]:

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,7 @@ from pocketune_edge.errors import BundleError
 from pocketune_edge.reading import read_manifest
 from pocketune_edge.settings import settings_of
 from pocketune_export.manifest import Manifest
-from tests.edge.handmade import TOKENS, WIDTH, make_bundle, read_manifest_json, seal
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundles") / "sound")
-
-
-@pytest.fixture
-def bundle(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "bundle"))
-
+from tests.edge.handmade import TOKENS, WIDTH, read_manifest_json, seal
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pocketune.errors import ModelError
+from pocketune.errors import FileFormatError, ModelError
+from pocketune.jsonfile import read_object
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.empty import empty_denoiser
 from pocketune.models.encoders import streamed_text_encoder, streamed_vae, use_tiles
@@ -290,11 +291,7 @@ def open_model(model: str | Path) -> ModelFolder:
 
 def _read_json(path: Path, complaint: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"{complaint}: cannot read {path}. Expected a folder as diffusers' save_pretrained writes it."
+        return read_object(path)
+    except FileFormatError as error:
+        msg = f"{complaint}: {error} Expected a folder as diffusers' save_pretrained writes it."
         raise ModelError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{complaint}: {path} does not hold a JSON object."
-        raise ModelError(msg)
-    return content

@@ -6,7 +6,6 @@ Both are small convolutional networks that look at an image at 64 x 64 pixels; t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pocketune.errors import FileFormatError
+from pocketune.jsonfile import read_object
 from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS, PATTERNS, PLACES, SIZES, TOY
 
 WEIGHTS = Path(__file__).parent / "weights" / "judges"
@@ -150,14 +150,10 @@ def held_out_measurements(folder: Path = WEIGHTS) -> dict[str, Any]:
     """
     path = folder / "judges.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        msg = f"cannot read {path}: {error}. `python -m pocketune.pocket.train_judges --out {folder}` writes it."
+        return read_object(path)
+    except FileFormatError as error:
+        msg = f"{error} `python -m pocketune.pocket.train_judges --out {folder}` writes it."
         raise FileFormatError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path} should hold a JSON object, but holds a {type(content).__name__}."
-        raise FileFormatError(msg)
-    return content
 
 
 def _filled(model: _Judge, path: Path) -> _Judge:

@@ -1,0 +1,34 @@
+"""JSON files that anyone may have written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pocketune.errors import FileFormatError
+
+LIMIT_BYTES = 64_000_000
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        FileFormatError: it cannot be read, is of no plausible size, or holds something else.
+    """
+    try:
+        if path.stat().st_size > LIMIT_BYTES:
+            msg = f"{path} has more than {LIMIT_BYTES // 1_000_000} MB, which is no plausible size. Copy it again."
+            raise FileFormatError(msg)
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        raise FileFormatError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path} is not valid JSON: {error}. Copy it again."
+        raise FileFormatError(msg) from error
+    if not isinstance(value, dict):
+        msg = f"{path} holds a {type(value).__name__}, expected a JSON object. Copy it again."
+        raise FileFormatError(msg)
+    return value
