@@ -37,7 +37,7 @@ def write_true_size(folder: Path) -> Path:
     transformer.mkdir()
     shutil.copy(str(files("pocketune.models") / "configs" / f"{NAME}.json"), transformer / "config.json")
     model = published(NAME).model
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _write_random(transformer / "diffusion_pytorch_model.safetensors", shapes)
     return folder
 
