@@ -231,6 +231,13 @@ def test_streamed_text_encoders_and_autoencoder_are_the_same(
     assert torch.equal(*values)
 
 
+def test_the_parts_of_a_streamed_pipeline_share_one_buffer(tiny_model: ModelFolder) -> None:
+    pipeline = tiny_model.pipeline(dtype=torch.float32, device=CPU, weights=STREAMED)
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, stream.StreamedLinear)]
+    assert len(parts) == 4 and len({id(layer._tiles) for layer in layers}) == 1
+
+
 def test_streamed_weights_that_someone_uses_otherwise_are_not_numbers(tiny_model: ModelFolder) -> None:
     adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, weights=STREAMED)
     weight = adapter.model.transformer_blocks[0].attn.to_q.weight

@@ -14,6 +14,7 @@ from pocketune.models.quiet import building
 from pocketune.weights.files import weight_files
 from pocketune.weights.fill import fill
 from pocketune.weights.store import WeightStore
+from pocketune.weights.stream import Tiles
 
 Renamings = Callable[[str], tuple[str, ...]]
 """From a parameter's name to the names that it may have in a file."""
@@ -21,7 +22,7 @@ Renamings = Callable[[str], tuple[str, ...]]
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> Any:
     """A text encoder, frozen, whose large weights stay on disk.
 
     Args:
@@ -29,6 +30,7 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
         kind: the class's name in transformers.
         dtype: of the arithmetic.
         device: where it runs.
+        tiles: the buffer for its weights.
 
     Raises:
         ModelError: weights are missing or damaged.
@@ -37,13 +39,12 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
     with building(), init_empty_weights():
         encoder = model(model.config_class.from_pretrained(folder))
     store = WeightStore(weight_files(folder, name=kind))
-    fill(
-        encoder, store, dtype=dtype, device=device, streamed=True, stored_name=stored_names(store, text_encoder_names(encoder))
-    )
+    names = stored_names(store, text_encoder_names(encoder))
+    fill(encoder, store, dtype=dtype, device=device, tiles=tiles, stored_name=names)
     return encoder.requires_grad_(False).eval()
 
 
-def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: torch.device) -> Any:
+def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: torch.device, tiles: Tiles) -> Any:
     """An autoencoder in float32, frozen, whose large weights stay on disk.
 
     Args:
@@ -51,6 +52,7 @@ def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: 
         kind: its class in diffusers.
         config: as diffusers writes it.
         device: where it runs.
+        tiles: the buffer for its weights.
 
     Raises:
         ModelError: weights are missing or damaged.
@@ -58,7 +60,7 @@ def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: 
     with building(), init_empty_weights():
         vae = kind.from_config(config)
     store = WeightStore(weight_files(folder, name="the autoencoder"))
-    fill(vae, store, dtype=torch.float32, device=device, streamed=True, stored_name=stored_names(store, vae_names))
+    fill(vae, store, dtype=torch.float32, device=device, tiles=tiles, stored_name=stored_names(store, vae_names))
     return vae.requires_grad_(False).eval()
 
 

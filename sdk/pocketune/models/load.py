@@ -25,7 +25,7 @@ from pocketune.weights.fill import RESIDENT, Residence, fill
 from pocketune.weights.packed import packed_copy
 from pocketune.weights.quantizers import Quantization, pack_layers
 from pocketune.weights.store import WeightStore
-from pocketune.weights.stream import layer_weights
+from pocketune.weights.stream import Tiles, layer_weights
 
 _WEIGHTS = Path(str(files("pocketune.pocket") / "weights"))
 BUILT_IN = tuple(sorted(path.parent.name for path in _WEIGHTS.glob("*/model_index.json")))
@@ -78,8 +78,7 @@ class ModelFolder:
     @property
     def has_text_stream(self) -> bool:
         """Whether text flows from block to block and is changed by them; otherwise blocks only attend to it."""
-        names: tuple[str, ...] = self.family.adapter.stream_names
-        return "text" in names
+        return bool("text" in self.family.adapter.stream_names)
 
     @property
     def vae_scale(self) -> int:
@@ -110,9 +109,7 @@ class ModelFolder:
     def note(self) -> str | None:
         """What a report should say about an embedded model that is not fully trained."""
         path = self.path / "training.json"
-        if not path.exists():
-            return None
-        training = _read_json(path, "the training record is damaged")
+        training = _read_json(path, "the training record is damaged") if path.exists() else {}
         if training.get("finished", True):
             return None
         return f"{self.name} is an interim checkpoint (denoiser step {training.get('step')}); its training goes on."
@@ -155,6 +152,7 @@ class ModelFolder:
         weights: Residence = RESIDENT,
         quantization: Quantization | None = None,
         latent_side: int | None = None,
+        tiles: Tiles | None = None,
     ) -> DenoiserAdapter:
         """Load the denoiser, frozen, with the weights of the named blocks only (all by default).
 
@@ -167,6 +165,7 @@ class ModelFolder:
             weights: whether they are held in memory.
             quantization: hold the weights of Linears and convolutions packed in memory.
             latent_side: the only size that it will work at, which saves the rest of a table of positions; default: any.
+            tiles: the buffer of streamed weights; default: one of its own.
 
         Raises:
             ModelError: weights are missing or damaged.
@@ -178,31 +177,33 @@ class ModelFolder:
                 adapter.remove_block(index)
         windows = crop_table(adapter.model, latent_side // adapter.patch_size) if latent_side else None
         store = self._store(self.family.component, names, weights)
-        held: set[str] = set()
-        if quantization is not None:
-            held = pack_layers(adapter.model, quantization, store.load, dtype=dtype, device=device)
-        fill(adapter.model, store, dtype=dtype, device=device, streamed=weights.streamed, held=held, windows=windows)
-        adapter.model.requires_grad_(False)
-        adapter.model.eval()
+        held = (
+            set() if quantization is None else pack_layers(adapter.model, quantization, store.load, dtype=dtype, device=device)
+        )
+        tiles = (tiles or Tiles()) if weights.streamed else None
+        fill(adapter.model, store, dtype=dtype, device=device, tiles=tiles, held=held, windows=windows)
+        adapter.model.requires_grad_(False).eval()
         return adapter
 
-    def load_vae(self, *, device: torch.device, weights: Residence = RESIDENT, tile: int | None = None) -> Any:
+    def load_vae(
+        self, *, device: torch.device, weights: Residence = RESIDENT, tile: int | None = None, tiles: Tiles | None = None
+    ) -> Any:
         """The VAE in float32, frozen.
 
         Args:
             device: where it runs.
             weights: whether they are held in memory; they are never packed.
             tile: side in pixels of the overlapping tiles in which it works, which changes results a little; default: none.
+            tiles: the buffer of streamed weights; default: one of its own.
         """
         if weights.streamed:
-            vae = streamed_vae(self.path / "vae", self.family.vae, self.vae_config, device=device)
+            vae = streamed_vae(self.path / "vae", self.family.vae, self.vae_config, device=device, tiles=tiles or Tiles())
         else:
             with building():
                 vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
-        if tile is not None:
+        if tile:
             use_tiles(vae, tile, scale=self.vae_scale)
-        vae.requires_grad_(False)
-        return vae.eval()
+        return vae.requires_grad_(False).eval()
 
     def pipeline(
         self,
@@ -220,12 +221,10 @@ class ModelFolder:
             if tile is not None:
                 use_tiles(pipeline.vae, tile, scale=self.vae_scale)
             return pipeline
-        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side).model
-        vae = self.load_vae(device=device, weights=weights, tile=tile)
-        parts: dict[str, Any] = {self.family.component: denoiser, "vae": vae}
-        for part in self.family.text_encoders:
-            if self.has(part):
-                parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device)
+        tiles = Tiles()  # one for all parts, which run one after the other
+        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles).model
+        vae = self.load_vae(device=device, weights=weights, tile=tile, tiles=tiles)
+        parts = {self.family.component: denoiser, "vae": vae} | self._streamed_encoders(dtype, device, tiles)
         with building():
             return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())
 
@@ -247,23 +246,25 @@ class ModelFolder:
         # diffusers asks the denoiser for its text width or type, and for nothing else.
         parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
         if weights.streamed:
-            for part in filter(self.has, self.family.text_encoders):
-                parts[part] = streamed_text_encoder(self.path / part, self.index[part][1], dtype=torch.float32, device=device)
+            parts |= self._streamed_encoders(torch.float32, device, Tiles())
         with building():
             pipeline = self.family.pipeline.from_pretrained(self.path, dtype=torch.float32, **parts, **self._absent_parts())
-        for part in () if weights.streamed else self.family.text_encoders:
-            encoder = getattr(pipeline, part)
-            if encoder is not None:
-                encoder.to(device)
+        for part in () if weights.streamed else filter(self.has, self.family.text_encoders):
+            getattr(pipeline, part).to(device)
         return pipeline
+
+    def _streamed_encoders(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> dict[str, Any]:
+        return {
+            part: streamed_text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device, tiles=tiles)
+            for part in filter(self.has, self.family.text_encoders)
+        }
 
     def _store(self, part: str, names: Collection[str], weights: Residence) -> WeightStore:
         store = WeightStore(weight_files(self.path / part, name=self.name))
         if weights.bits is None:
             return store
-        return WeightStore(
-            [packed_copy(store, set(names) & set(store.names), bits=weights.bits, fingerprint=self.fingerprint())]
-        )
+        chosen = set(names) & set(store.names)
+        return WeightStore([packed_copy(store, chosen, bits=weights.bits, fingerprint=self.fingerprint())])
 
     def _absent_parts(self) -> dict[str, None]:
         # diffusers 0.42 does not accept an absent part from the index; it must be said again.
@@ -282,8 +283,7 @@ def open_model(model: str | Path) -> ModelFolder:
     path = Path(name)
     if path.exists():
         return ModelFolder(path.name, path)
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):  # no hub id either
         msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id (owner/name)."
         raise ModelError(msg)
     return ModelFolder(name, download(name))

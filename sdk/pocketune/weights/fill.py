@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pocketune.errors import ModelError
 from pocketune.weights.store import WeightStore
-from pocketune.weights.stream import stream
+from pocketune.weights.stream import Tiles, stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def fill(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    streamed: bool,
+    tiles: Tiles | None,
     held: Collection[str] = (),
     stored_name: Callable[[str], str] = lambda name: name,
     windows: Windows | None = None,
@@ -52,7 +52,7 @@ def fill(
         store: the weights.
         dtype: of floating-point parameters and buffers.
         device: where they go.
-        streamed: leave large weights on disk.
+        tiles: leave large weights on disk, and read them through this buffer; None: hold them.
         held: names of weights that the model has already.
         stored_name: the name that a parameter has in the store.
         windows: tensors that are wanted in part.
@@ -60,7 +60,7 @@ def fill(
     Raises:
         ModelError: a weight is missing, or of another shape than the configuration says.
     """
-    replaced = stream(model, store, dtype=dtype, device=device, stored_name=stored_name) if streamed else {}
+    replaced = stream(model, store, dtype=dtype, device=device, stored_name=stored_name, tiles=tiles) if tiles else {}
     wanted = [name for name in model.state_dict() if name not in replaced and name not in held]
     missing = [name for name in wanted if stored_name(name) not in store]
     if missing:
