@@ -12,11 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.memory.jobs import JOBS
-from benchmarks.memory.table import memory_table
 from benchmarks.rows import append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.lean import without_scipy
+
+with without_scipy():  # as the command line does; the jobs name LoRA targets of a model's family, which imports diffusers
+    from benchmarks.memory.jobs import JOBS
+    from benchmarks.memory.table import memory_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,9 +53,8 @@ def _row(options: argparse.Namespace) -> int:
         folder = sd35_pipeline(options.models) if job.whole else model_folder(job.model, options.models)
         command = [sys.executable, "-m", "benchmarks.memory", "--row", options.row, "--folder", str(folder)]
         return subprocess.run([*command, "--steps", str(options.steps)], check=False).returncode
-    with without_scipy():  # as the command line does for such settings
-        from benchmarks.memory.measure import measure
-        from benchmarks.memory.whole import measure_whole
+    from benchmarks.memory.measure import measure
+    from benchmarks.memory.whole import measure_whole
 
     print(json.dumps((measure_whole if job.whole else measure)(options.row, job, options.folder, steps=options.steps)))
     return 0

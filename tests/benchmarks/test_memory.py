@@ -1,5 +1,7 @@
 """The memory benchmark: its rows come from the SDK's own training loop, its table from rows alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,11 @@ def test_every_job_is_a_valid_recipe_of_a_published_model() -> None:
     for job in JOBS.values():
         assert job.model in PUBLISHED
         Recipe.create(instance_prompt=job.title, skip=job.skip, **job.settings)
+
+
+def test_jobs_are_measured_without_scipy() -> None:
+    code = "import sys, benchmarks.memory.__main__, benchmarks.memory.measure; assert 'scipy.stats' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_random_weights_are_a_sound_file(tmp_path: Path) -> None:
