@@ -17,6 +17,8 @@ from tests.edge.conftest import edge_recipe
 from tests.tiny_models import small_unet
 from tests.tolerances import EDGE_LOSS, EDGE_PARAMETER
 
+pytestmark = pytest.mark.slow  # its fast sibling is `test_unet.py`
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

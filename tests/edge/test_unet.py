@@ -62,12 +62,14 @@ def test_trains_as_pytorch_does(torch_run: tuple[Path, Any], edge_run: tuple[Pat
     assert max(float(np.abs(value).max()) for name, value in moved.items() if "lora_B" in name) > 100 * EDGE_PARAMETER
 
 
+@pytest.mark.slow
 def test_streaming_trains_as_one_graph_does(bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path) -> None:
     record = personalize(bundle, toy_photos, out=tmp_path / "run", streaming=True, threads=1)
     assert list(record["losses"]) == pytest.approx(list(edge_run[1]["losses"]), rel=EDGE_LOSS)
     assert largest_difference(tmp_path / "run", edge_run[0]) < EDGE_PARAMETER
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_pytorch(
     folder: Path, recipe: Recipe, bundle: Path, torch_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path
 ) -> None:
