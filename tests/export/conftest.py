@@ -1,6 +1,7 @@
 """Fixtures: a small SD3 model with a block of each kind, and the bundles that it is exported to."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune_edge.bundle import Bundle, open_bundle
+from pocketune_export.cutting import cut_by_bytes
 from pocketune_export.exporter import Variant, export_variants
 from tests.tiny_models import sd3_transformer
 
@@ -51,6 +53,14 @@ def export_small(small_model: ModelFolder, tmp_path_factory: pytest.TempPathFact
         return {name: open_bundle(root / name) for name in names}
 
     return export
+
+
+@pytest.fixture(scope="session")
+def bundle_in_pieces(export_small: Exporting) -> Bundle:
+    """Two rows, the first block skipped; its blocks are cut as larger ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pocketune_export.writer.cut_by_bytes", partial(cut_by_bytes, limit=2**16))
+        return export_small(skip="0", rank=2, batch_size=2)["fp32"]
 
 
 @pytest.fixture(scope="session")

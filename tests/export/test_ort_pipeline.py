@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +42,6 @@ np.save(out, np.stack(images))
 """
 
 
-@pytest.fixture(scope="module")
-def bundle(export_small: Callable[..., dict[str, Bundle]]) -> Bundle:
-    return export_small(("fp32",), skip="0", rank=2, batch_size=2)["fp32"]
-
-
 def run(model: Path, **given: np.ndarray) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     names = [port.name for port in session.get_outputs()]
@@ -55,8 +49,10 @@ def run(model: Path, **given: np.ndarray) -> dict[str, np.ndarray]:  # type: ign
 
 
 def test_the_joined_denoiser_is_the_blocks_one_after_the_other(
-    bundle: Bundle, small_model: ModelFolder, tmp_path: Path
+    bundle_in_pieces: Bundle, small_model: ModelFolder, tmp_path: Path
 ) -> None:
+    """Also where blocks are in pieces."""
+    bundle = bundle_in_pieces
     rng = np.random.default_rng(0)
     start = start_values(bundle)
     flat = rng.standard_normal(start.flat.shape).astype(np.float32) / 4
@@ -89,9 +85,9 @@ def test_the_joined_denoiser_is_the_blocks_one_after_the_other(
     assert list(texts) == ["text_embeds", "hidden_states.0", "last_hidden_state"]
 
 
-def test_an_existing_folder_is_not_touched(bundle: Bundle, small_model: ModelFolder, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_touched(bundle_in_pieces: Bundle, small_model: ModelFolder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
-        write_ort_pipeline(bundle, tmp_path, model=small_model.path)
+        write_ort_pipeline(bundle_in_pieces, tmp_path, model=small_model.path)
     assert list(tmp_path.iterdir()) == []
 
 

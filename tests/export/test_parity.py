@@ -1,7 +1,6 @@
 """The law of the exporter: a bundle trains as PyTorch does, in one graph and block by block, however its weights are stored."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import onnx
@@ -11,7 +10,6 @@ from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import Adapter
 from pocketune_edge.state import fresh_state
-from pocketune_export.cutting import cut_by_bytes
 from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
 from tests.export.conftest import Exporting
 
@@ -57,12 +55,10 @@ def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str)
 
 
 def test_blocks_in_pieces_train_alike(
-    export_small: Exporting, small_model: ModelFolder, bundles: Mapping[str, Bundle], monkeypatch: pytest.MonkeyPatch
+    bundle_in_pieces: Bundle, small_model: ModelFolder, bundles: Mapping[str, Bundle]
 ) -> None:
     """Large blocks are cut so that less of their weights is mapped at once; here small ones are."""
-    limit = 2**16
-    monkeypatch.setattr("pocketune_export.writer.cut_by_bytes", partial(cut_by_bytes, limit=limit))
-    bundle = export_small(skip="1")["fp32"]
+    bundle = bundle_in_pieces
     for role in ("block_forward", "block_vjp"):
         pieces = bundle.manifest.pieces(role, 2)  # type: ignore[arg-type]
         [whole] = bundles["fp32"].manifest.pieces(role, 2)  # type: ignore[arg-type]
