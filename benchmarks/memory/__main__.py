@@ -17,8 +17,13 @@ from pocketune.atomic import write_text
 from pocketune.lean import without_scipy
 
 with without_scipy():  # as the command line does; the jobs name LoRA targets of a model's family, which imports diffusers
-    from benchmarks.memory.jobs import JOBS
+    from benchmarks.memory.grid import FITTED, HELD_OUT
+    from benchmarks.memory.jobs import JOBS as NAMED
+    from benchmarks.memory.predictions import predictions_table, read_predictions
     from benchmarks.memory.table import memory_table
+
+JOBS = NAMED | FITTED | HELD_OUT
+PREDICTIONS = Path("benchmarks/results/memory-predictions.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.row:
         return _row(options)
-    if not options.table_only:
+    if not options.table_only and not options.predict:
         for name in options.jobs:
             command = [sys.executable, "-m", "benchmarks.memory", "--row", name, "--models", str(options.models)]
             done = subprocess.run([*command, "--steps", str(options.steps)], stdout=subprocess.PIPE, text=True, check=False)
@@ -36,8 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
             row = json.loads(done.stdout.splitlines()[-1])
             append_row(options.out, row)
             print(f"{name:24} {row['peak_rss_bytes'] / 1e6:7.0f} MB  CPU s a step {row.get('cpu_s_per_step')}", flush=True)
+    if options.predict:
+        from benchmarks.memory.predict import write_predictions
+
+        write_predictions(JOBS, sorted({row["job"] for row in read_rows(options.out)}), options.predictions)
     if options.table or options.table_only:
-        write_text(options.table_file, memory_table(read_rows(options.out)))
+        rows = read_rows(options.out)
+        # Small jobs that are there for the sake of predictions alone have a table of their own.
+        write_text(options.table_file, memory_table([row for row in rows if row["job"] not in FITTED | HELD_OUT]))
+        predictions = predictions_table(rows, read_predictions(options.predictions), held_out=HELD_OUT)
+        write_text(options.table_file.with_stem(f"{options.table_file.stem}-predictions"), predictions)
         print(f"wrote {options.table_file}")
     return 0
 
@@ -73,12 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--jobs", type=_names, default=list(JOBS), help=f"of {', '.join(JOBS)}; default: all")
+    parser.add_argument(
+        "--jobs",
+        type=_names,
+        default=list(NAMED),
+        help=f"of {', '.join(NAMED)}, or of benchmarks/memory/grid.py; default: all of the former",
+    )
     parser.add_argument("--steps", type=int, default=3, help="training steps a row (%(default)s)")
     parser.add_argument("--models", type=Path, default=Path("runs/memory"), help="folder of random weights (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.jsonl"), help="raw rows (%(default)s)")
     parser.add_argument("--table", action="store_true", help="make the table afterwards")
     parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
+    parser.add_argument(
+        "--predict", action="store_true", help="predict the jobs of the rows that are there, and measure nothing"
+    )
+    parser.add_argument("--predictions", type=Path, default=PREDICTIONS, help="figures of the planner (%(default)s)")
     parser.add_argument("--table-file", type=Path, default=Path("docs/tables/memory.md"), help="(%(default)s)")
     parser.add_argument("--row", choices=tuple(JOBS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

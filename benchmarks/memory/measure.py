@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from benchmarks.memory.jobs import Job
 from benchmarks.rows import Row
 from pocketune.allocator import name_allocator, return_freed_memory
+from pocketune.budget.inputs import shaped_batch
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.memory import MemoryLog, read_peak_rss
 from pocketune.methods.scales import quantization_of
-from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
+from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
-from pocketune.plan.blocks import BlockPlan, Span, parse_plan
+from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
@@ -39,9 +41,7 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
 
     Text encoders and the autoencoder are not loaded: their phases lie before. Libraries and interpreter are counted.
     """
-    recipe = Recipe.create(
-        instance_prompt=job.title, rank=RANK, steps=steps, checkpoint_every=steps, skip=job.skip, **job.settings
-    )
+    recipe = recipe_of(job, steps=steps)
     allocator = name_allocator() + (", freed memory returned" if recipe.saves_memory and return_freed_memory() else "")
     model = ModelFolder(job.model, folder)
     floor = read_peak_rss() or 0
@@ -149,6 +149,12 @@ def _now() -> tuple[float, float]:
     return time.process_time(), time.monotonic()
 
 
+def recipe_of(job: Job, *, steps: int) -> Recipe:
+    """What is asked of a row's training."""
+    settings = {"rank": RANK} | job.settings
+    return Recipe.create(instance_prompt=job.title, steps=steps, checkpoint_every=steps, skip=job.skip, **settings)
+
+
 def identity_of(name: str, job: Job) -> Row:
     """What was asked, and a hash of it."""
     return {
@@ -157,7 +163,7 @@ def identity_of(name: str, job: Job) -> Row:
         "title": job.title,
         "compared": job.compared,
         "recipe": {key: value for key, value in job.settings.items() if key != "lora_targets"},
-        "rank": RANK,
+        "rank": job.settings.get("rank", RANK),
         "weights": "random bfloat16, a block of 64 MB repeated; arithmetic in float32",
     }
 
@@ -175,37 +181,12 @@ class RandomBatches:
 
     def __call__(self, draws: Sequence[Draw], features: Any = None) -> Batch:  # noqa: ARG002 - all is random here
         """The inputs of a step, with features of the skipped spans."""
-        config, flow = self._model.denoiser_config, self._model.family.flow_matching
-        width = config.get("joint_attention_dim") or config.get("cross_attention_dim") or config["caption_channels"]
-        pooled = config.get("pooled_projection_dim")
-        takes_sizes = self._model.family.takes_sizes
-        if takes_sizes:
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        channels = config["in_channels"] // (4 if "Flux" in config["_class_name"] else 1)
         sigma = torch.full((1,), 0.6)
-        return Batch(
-            latents=self._random(1, channels, self._side, self._side),
-            noise=self._random(1, channels, self._side, self._side),
-            timesteps=1000 * sigma,
-            sigmas=sigma,
-            alphas=None if flow else (1 - sigma**2) ** 0.5,
-            objective="flow" if flow else "epsilon",
-            prompt=Prompt(
-                hidden=self._random(1, self._text_tokens, width),
-                pooled=self._random(1, pooled) if pooled else None,
-                sizes=torch.full((1, 6), 1024.0) if takes_sizes else None,
-            ),
-            loss_weights=torch.ones(1),
-            features={span: self._features(span) for span in self._plan.skipped_spans},
+        alphas = None if self._model.family.flow_matching else (1 - sigma**2) ** 0.5
+        batch = shaped_batch(
+            self._model, self._adapter, self._plan, self._random, samples=1, side=self._side, tokens=self._text_tokens
         )
-
-    def _features(self, span: Span) -> tuple[Tensor, ...]:
-        if isinstance(self._adapter, SkipConnected):
-            message = "the benchmark has no job that skips layers of a U-Net"
-            raise TypeError(message)
-        image = (self._side // self._adapter.patch_size) ** 2
-        tokens = [image] if span.stop == self._plan.block_count else [image, self._text_tokens]
-        return tuple(self._random(1, count, self._model.width) for count in tokens)
+        return replace(batch, timesteps=1000 * sigma, sigmas=sigma, alphas=alphas, loss_weights=torch.ones(1))
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from pocketune.cli import DEFAULT_MODEL, EXIT_ERROR, JsonOption, QuietOption, clear_errors, needing_extra
+from pocketune.commands.failures import EXIT_ERROR, clear_errors, needing_extra
+from pocketune.commands.options import DEFAULT_MODEL, JsonOption, QuietOption
 from pocketune.display import ProgressDisplay, print_facts
 from pocketune.errors import RecipeError, RunError
 from pocketune.progress import Progress

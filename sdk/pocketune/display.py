@@ -59,6 +59,9 @@ class ProgressDisplay:
         """Show an event."""
         if self._quiet:
             return
+        if event.note:
+            self._console.print(Text(printable(event.note)), soft_wrap=True)
+            return
         count = count_of(event) if event.total else ""
         loss = "" if event.loss is None else f"loss {event.loss:.4f}"
         memory = megabytes(event.rss_bytes)

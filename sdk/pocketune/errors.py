@@ -27,6 +27,10 @@ class PlanError(PocketuneError):
     """A block plan or memory plan is impossible."""
 
 
+class BudgetError(PocketuneError):
+    """A job came too near its memory budget and was stopped; what it had done is kept."""
+
+
 class CacheError(PocketuneError):
     """A feature cache is damaged or larger than its bound."""
 

@@ -13,11 +13,13 @@ from PIL import Image
 
 from pocketune.allocator import return_freed_memory
 from pocketune.atomic import replacing
+from pocketune.budget.search import MemoryPlan
 from pocketune.checkpoint import CheckpointFolder
-from pocketune.errors import RecipeError
+from pocketune.errors import Interrupted, RecipeError
 from pocketune.features.cache import cache_key
 from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
+from pocketune.phases.budget import exceeded, guard_of, keep_plan, plan_job, predicted
 from pocketune.phases.features import fill_cache, photo_hashes
 from pocketune.phases.inputs import draw, encode, encode_prompts
 from pocketune.phases.pictures import make_class_images, sample_pairs
@@ -47,6 +49,7 @@ def personalize(
     features: str | Path | None = None,
     resume: bool = False,
     device: str | None = None,
+    memory_budget: str | int | None = None,
     on_progress: OnProgress = ignore,
 ) -> RunRecord:
     """Train a LoRA of the subject in some photos.
@@ -59,6 +62,8 @@ def personalize(
         features: folder of feature caches that runs share; default: inside RUN.
         resume: go on from the newest checkpoint in `out`.
         device: torch device; default: CUDA where there is one.
+        memory_budget: main memory that the job may take, in bytes or as "1GiB". The fastest settings that fit are planned
+            before anything starts, and the job stops with a checkpoint rather than take more.
         on_progress: called with every bit of progress.
 
     Returns:
@@ -67,61 +72,100 @@ def personalize(
     Raises:
         PhotoError, ModelError, PlanError, RecipeError, RunError: bad input; nothing is left behind.
         Interrupted: on Ctrl-C, after a checkpoint was saved.
+        BudgetError: memory came near the budget; what was done is kept.
         NoEffectError: the trained adapter does nothing.
     """
     if features is not None and recipe.refresh_every:
         msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
         raise RecipeError(msg)
     run = Path(out)
-    if recipe.saves_memory:
+    if recipe.saves_memory or memory_budget is not None:
         return_freed_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     with MemoryLog() as memory:
         folder = open_model(model)
         recipe = folder.family.complete(recipe)
-        job = Job(recipe, folder, run, torch.device(device or default_device()), Watch(memory, on_progress))
-        with job.watch.phase("photos"):
+        place, watch = torch.device(device or default_device()), Watch(memory, on_progress)
+        with watch.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
-        check_resolution(job)
-        plan = plan_blocks(job)
-        fingerprint = cache_key(
-            {"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(pictures)}
+        if memory_budget is None:
+            return _run(Job(recipe, folder, run, place, watch), pictures, features=features, resume=resume, started=started)
+        plan = plan_job(
+            recipe,
+            memory_budget,
+            model=str(model),
+            folder=folder,
+            run=run,
+            resume=resume,
+            pictures=pictures,
+            device=place,
+            watch=watch,
         )
-        with run_folder(run, resume=resume, fingerprint=fingerprint):
-            prompts = encode_prompts(job)
-            images: dict[Kind, Sequence[Image.Image]] = {
-                "instance": [photo.image for photo in pictures],
-                "class": make_class_images(job),
-            }
-            batches = draw(job, images)
-            root = Path(features) if features else run / "features"
-            checkpoints = CheckpointFolder(run / "checkpoints", fingerprint=fingerprint)
-            for steps in refresh_periods(recipe):
-                if steps.stop <= checkpoints.newest_step and steps.stop < recipe.steps:
-                    continue  # trained before the run was stopped; its features may be gone
-                period = batches[steps.start : steps.stop]
-                make_batch = encode(job, images, period, prompts)
-                cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures)
-                losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
-            pairs, change = sample_pairs(job)
-            record = RunRecord(
-                model=job.folder.source,
-                model_kind=job.folder.denoiser_kind,
-                model_note=job.folder.note(),
-                recipe=recipe,
-                plan=job.describe(plan),
-                losses=losses,
-                memory=memory.rows,
-                peaks=memory.peaks(),
-                seconds=dict(job.watch.seconds),
-                photos=tuple(photo.name for photo in pictures),
-                samples=pairs,
-                check=CheckResult(nonzero=any(norms.values()), loads=True, image_change=change, norms=norms),
-                versions={name: version(name) for name in _LIBRARIES},
-                started=started,
-            )
-            _save_thumbnails(pictures, run / "photos")
-            write_report(record, run)
+        guard = guard_of(plan, place)
+        watch.guarded_by(guard)
+        try:
+            job = Job(plan.recipe, folder, run, place, watch)
+            return _run(job, pictures, features=features, resume=resume, started=started, memory_plan=plan)
+        except (Interrupted, KeyboardInterrupt) as error:
+            if guard.tripped is None:
+                raise
+            raise exceeded(guard, plan, watch.current) from error
+
+
+def _run(
+    job: Job,
+    pictures: Sequence[Photo],
+    *,
+    features: str | Path | None,
+    resume: bool,
+    started: str,
+    memory_plan: MemoryPlan | None = None,
+) -> RunRecord:
+    """All phases but the photos and the plan."""
+    recipe = job.recipe
+    check_resolution(job)
+    plan = plan_blocks(job)
+    fingerprint = cache_key(
+        {"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(pictures)}
+    )
+    with run_folder(job.run, resume=resume, fingerprint=fingerprint):
+        if memory_plan is not None:
+            keep_plan(memory_plan, job.run)
+        prompts = encode_prompts(job)
+        images: dict[Kind, Sequence[Image.Image]] = {
+            "instance": [photo.image for photo in pictures],
+            "class": make_class_images(job),
+        }
+        batches = draw(job, images)
+        root = Path(features) if features else job.run / "features"
+        checkpoints = CheckpointFolder(job.run / "checkpoints", fingerprint=fingerprint)
+        for steps in refresh_periods(recipe):
+            if steps.stop <= checkpoints.newest_step and steps.stop < recipe.steps:
+                continue  # trained before the run was stopped; its features may be gone
+            period = batches[steps.start : steps.stop]
+            make_batch = encode(job, images, period, prompts)
+            cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures)
+            losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
+        pairs, change = sample_pairs(job)
+        record = RunRecord(
+            model=job.folder.source,
+            model_kind=job.folder.denoiser_kind,
+            model_note=job.folder.note(),
+            recipe=recipe,
+            plan=job.describe(plan),
+            losses=losses,
+            memory=job.watch.memory.rows,
+            peaks=job.watch.memory.peaks(),
+            seconds=dict(job.watch.seconds),
+            photos=tuple(photo.name for photo in pictures),
+            samples=pairs,
+            check=CheckResult(nonzero=any(norms.values()), loads=True, image_change=change, norms=norms),
+            versions={name: version(name) for name in _LIBRARIES},
+            started=started,
+            prediction=None if memory_plan is None else predicted(memory_plan),
+        )
+        _save_thumbnails(pictures, job.run / "photos")
+        write_report(record, job.run)
     return record
 
 

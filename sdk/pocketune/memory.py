@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,8 @@ def memory_source() -> str:
 class MemoryLog:
     """Reads the memory of this process in a background thread, and keeps rows and peaks by phase.
 
+    `on_reading`: called there with each reading, if it is set.
+
     Use it as a context manager; rows and peaks remain readable afterwards::
 
         with MemoryLog() as log:
@@ -103,6 +106,7 @@ class MemoryLog:
         self._samples_in_row = 0
         self._peaks: dict[str, MemoryReading] = {}
         self._high_water = 0
+        self.on_reading: Callable[[MemoryReading], None] | None = None
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -148,6 +152,8 @@ class MemoryLog:
                 continue
             with self._lock:
                 self._record(reading)
+            if self.on_reading is not None:
+                self.on_reading(reading)
 
     def _close_phase(self) -> None:
         self._record(read_memory())

@@ -17,6 +17,7 @@ class Progress:
         unit: what is counted, in the singular: "photo", "step", "sample", "image".
         loss: mean training loss of the last step, in the training phase.
         rss_bytes: resident memory of the process now.
+        note: something to tell a person once.
     """
 
     phase: str
@@ -25,6 +26,7 @@ class Progress:
     unit: str
     rss_bytes: int
     loss: float | None = None
+    note: str | None = None
 
 
 OnProgress = Callable[[Progress], None]

@@ -74,6 +74,7 @@ class RunRecord:
         check: whether the adapter does anything.
         versions: of the libraries.
         started: ISO 8601, UTC.
+        prediction: of a job with a memory budget: the budget, what the plan changed, and the predicted peak of each phase.
     """
 
     model: str
@@ -90,6 +91,7 @@ class RunRecord:
     check: CheckResult
     versions: dict[str, str]
     started: str
+    prediction: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give the record as JSON-able values; memory is stored by column."""
@@ -103,6 +105,7 @@ class RunRecord:
             "plan": self.plan,
             "check": asdict(self.check),
             "seconds": self.seconds,
+            "prediction": self.prediction,
             "peaks": {phase: asdict(reading) for phase, reading in self.peaks.items()},
             "photos": list(self.photos),
             "samples": [
@@ -151,6 +154,7 @@ class RunRecord:
                 check=CheckResult(**values["check"]),
                 versions=dict(values["versions"]),
                 started=values["started"],
+                prediction=values.get("prediction"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecipeError) as error:
             msg = f"cannot read this run record: {type(error).__name__} {error}. The file was changed or cut; copy it again."

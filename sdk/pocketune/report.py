@@ -77,11 +77,13 @@ def render_report(record: RunRecord, folder: Path) -> str:
                 "colour": phase_colour(phase),
                 "seconds": record.seconds.get(phase),
                 "rss": megabytes(peak.rss_bytes),
+                "predicted": _predicted(record, phase),
                 "anonymous": megabytes(peak.anonymous_bytes),
                 "file": megabytes(peak.file_bytes),
             }
             for phase, peak in record.peaks.items()
         ],
+        has_budget=record.prediction is not None,
         command=shlex.join(["pocketune", "sample", folder.name or ".", "--prompt", record.recipe.instance_prompt]),
         started=_readable_time(record.started),
         duration=duration(sum(record.seconds.values())),
@@ -144,6 +146,12 @@ def _block_cells(plan: dict[str, Any]) -> list[tuple[int, str]]:
             kind = "exact" if index < first_trained else "approximate"
         cells.append((index, kind))
     return cells
+
+
+def _predicted(record: RunRecord, phase: str) -> str:
+    """The predicted peak of a phase; a dash where nothing was predicted."""
+    found = ((record.prediction or {}).get("phases") or {}).get(phase)
+    return "-" if found is None else megabytes(found)
 
 
 def _embed(path: Path, *, side: int) -> str:

@@ -59,7 +59,7 @@ class Scratch:
         self._written = {key: entry for key, entry in self._written.items() if not entry[0].expired()}
         extent = _Extent(self, storage.nbytes())
         flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        self._write(flat.cpu().numpy().data, extent.offset)
+        self._write(flat, extent.offset)
         self._written[storage._cdata] = (StorageWeakRef(storage), tensor._version, extent)
         return Stored(extent, tensor)
 
@@ -87,8 +87,8 @@ class Scratch:
         """Let a place be used again."""
         self._free.setdefault(size, []).append(offset)
 
-    def _write(self, source: memoryview, offset: int) -> None:
-        done = 0
+    def _write(self, flat: Tensor, offset: int) -> None:
+        source, done = flat.cpu().numpy().data, 0
         try:
             while done < len(source):
                 done += os.pwrite(self._file.fileno(), source[done:], offset + done)

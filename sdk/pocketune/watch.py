@@ -9,22 +9,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pocketune.allocator import trim
+from pocketune.guard import Guard
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.progress import OnProgress, Progress
 
 
 @dataclass
 class Watch:
-    """A job's clock and memory log. `seconds`: of each phase that has ended, by name."""
+    """A job's clock and memory log.
+
+    Attributes:
+        memory: logs memory by phase.
+        on_progress: told how far the job is.
+        seconds: of each phase that has ended, by name.
+        guard: stops the job when it needs too much memory, if it has a budget.
+        current: the phase that began last.
+    """
 
     memory: MemoryLog
     on_progress: OnProgress
     seconds: dict[str, float] = field(default_factory=dict)
+    guard: Guard | None = None
+    current: str = "start"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase, mark it in the memory log, and return memory to the system at its end."""
         self.memory.phase(name)
+        self.current = name
         self.tell(name, 0, 0, "step")
         began = time.monotonic()
         try:
@@ -38,3 +50,14 @@ class Watch:
         """Report progress with the memory of this moment."""
         rss = read_memory().rss_bytes
         self.on_progress(Progress(phase=phase, done=done, total=total, unit=unit, loss=loss, rss_bytes=rss))
+        if self.guard is not None:
+            self.guard.check()
+
+    def say(self, phase: str, note: str) -> None:
+        """Tell a person something once."""
+        rss = read_memory().rss_bytes
+        self.on_progress(Progress(phase=phase, done=0, total=0, unit="step", rss_bytes=rss, note=note))
+
+    def guarded_by(self, guard: Guard) -> None:
+        """Let a guard see every reading of memory from now on."""
+        self.guard = self.memory.on_reading = guard

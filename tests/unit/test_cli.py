@@ -19,6 +19,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from pocketune import cli
+from pocketune.commands import personalize as personalizing
+from pocketune.commands import sample as sampling
+from pocketune.commands.failures import needing_extra
 from pocketune.display import ProgressDisplay, print_facts, printable
 from pocketune.errors import Interrupted, ModelError, PocketuneError
 from pocketune.memory import MemoryReading
@@ -68,7 +71,7 @@ class FakeJob:
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob()
-    monkeypatch.setattr(cli, "_import_personalize", lambda _: fake)
+    monkeypatch.setattr(personalizing, "import_job", lambda **_: fake)
     return fake
 
 
@@ -206,9 +209,9 @@ def test_mistakes_of_the_program_are_not_dressed_up(job: FakeJob) -> None:
 
 
 def test_missing_extra_is_named() -> None:
-    with pytest.raises(PocketuneError, match=r"needs torch.*pocketune\[train\]"), cli.needing_extra("train"):
+    with pytest.raises(PocketuneError, match=r"needs torch.*pocketune\[train\]"), needing_extra("train"):
         raise ModuleNotFoundError(name="torch")
-    with pytest.raises(ModuleNotFoundError), cli.needing_extra("train"):
+    with pytest.raises(ModuleNotFoundError), needing_extra("train"):
         raise ModuleNotFoundError(name="pocketune.lost")
 
 
@@ -229,7 +232,7 @@ class FakeGenerate:
 @pytest.fixture
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> FakeGenerate:
     fake = FakeGenerate()
-    monkeypatch.setattr(cli, "_import_generate", lambda: fake)
+    monkeypatch.setattr(sampling, "import_generate", lambda: fake)
     return fake
 
 

@@ -37,7 +37,8 @@ def predicted_bytes(
         dtype: of the cache.
     """
     if folder.family.component == "unet":
-        return draws * image_cache_bytes(folder.empty_denoiser(), plan, side=side // folder.vae_scale, dtype=dtype)
+        shape = feature_shape(folder.empty_denoiser(), plan, side=side // folder.vae_scale)
+        return draws * stored_bytes(shape, dtype)
     return cache_bytes(
         plan,
         draws=draws,
@@ -48,14 +49,13 @@ def predicted_bytes(
     )
 
 
-def image_cache_bytes(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, dtype: torch.dtype) -> int:
-    """Bytes of one draw's features in a U-Net: the image that leaves the skipped middle, found by a run without numbers.
+def feature_shape(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int) -> torch.Size:
+    """Of one draw's features in a U-Net: the image that leaves the skipped middle, found by a run without numbers.
 
     Args:
         adapter: with its model on the meta device.
         plan: what is skipped.
         side: of the latents.
-        dtype: of the cache.
     """
     config = adapter.model.config
     latents = _shape(1, config.in_channels, side, side)
@@ -69,7 +69,7 @@ def image_cache_bytes(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, d
     batch = Batch(latents=latents, noise=latents, timesteps=one, sigmas=one, prompt=prompt, loss_weights=one)
     adapter.model.to("meta")
     features = span_features(adapter, plan, batch)
-    return sum(stored_bytes(stream.shape, dtype) for streams in features.values() for stream in streams)
+    return features[plan.skipped_spans[0]][0].shape
 
 
 def _shape(*sides: int) -> torch.Tensor:

@@ -1,0 +1,18 @@
+"""What no tensor shows, fitted to rows of benchmarks/results/memory.jsonl: measured peak above the floor, less what was traced.
+
+| row | trained tensors | MB that no tensor shows |
+|---|---|---|
+| fit-pixart-256-two-streamed | 40 | 29.1 |
+| fit-pixart-256-quarter | 140 | 32.1 |
+| sd35-256-half | 192 | 40.4 |
+| fit-pixart-256-low | 560 | 52.2 |
+
+On x86-64 with the CPU build of torch and glibc, one thread.
+"""
+
+from __future__ import annotations
+
+HEAP_BYTES = 27_000_000
+"""Python objects of model and autograd, pages of code that kernels touch first, and buffers inside of kernels."""
+HEAP_BYTES_PER_TENSOR = 45_000
+"""Modules, names, optimizer state and small pieces of each trained tensor."""

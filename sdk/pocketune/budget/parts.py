@@ -1,0 +1,157 @@
+"""The ledgers of text encoders, the autoencoder, and sampling, each by a run on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from pocketune.budget.inputs import CLIP_TOKENS, empty, shaped_batch, text_tokens
+from pocketune.budget.ledger import Item, PhaseLedger, Place
+from pocketune.budget.skeleton import denoiser_skeleton, dtype_of, held_tensors, retype, stream_shapes
+from pocketune.budget.tracing import LiveBytes, fused_attention
+from pocketune.budget.training import BUFFER, heap
+from pocketune.models.base import denoise
+from pocketune.models.encoders import use_tiles
+from pocketune.models.load import ModelFolder
+from pocketune.models.quiet import building
+from pocketune.plan.blocks import BlockPlan
+from pocketune.recipe import Recipe
+from pocketune.sample import BATCH
+
+ENCODERS, VAE, DENOISER = "text encoders", "autoencoder", "denoiser"
+ACTIVATIONS = "activations"
+PROMPTS = 4
+"""Of the images before and after, where the recipe names none."""
+
+
+def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> PhaseLedger:
+    """All text encoders in float32, and the largest of their passes over one prompt."""
+    streamed = recipe.weights == "streamed"
+    held, largest = 0, 0
+    activations, flops = 0, 0
+    for part in filter(folder.has, folder.family.text_encoders):
+        encoder, buffer = _text_encoder(folder, part, dtype=torch.float32, streamed=streamed)
+        held += _bytes(encoder, streamed=streamed)
+        tokens = torch.zeros(1, _length(folder, part), dtype=torch.long, device="meta")
+        peak, work = _pass(lambda encoder=encoder, tokens=tokens: encoder(tokens))  # type: ignore[misc]
+        activations, flops = max(activations, peak), flops + work
+        largest = max(largest, buffer)
+    return PhaseLedger(
+        name="text",
+        items=_items(
+            ((ENCODERS, held, "float32" + _where(streamed)), (ACTIVATIONS, activations, "one prompt")), largest, device
+        ),
+        flops=flops * (1 + (recipe.class_prompt is not None)),
+    )
+
+
+def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops: int, device: torch.device) -> PhaseLedger:
+    """The autoencoder over one crop, and the latents of all."""
+    vae, buffer = _vae(folder, recipe)
+    peak, flops = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
+    tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
+    streamed = recipe.weights == "streamed"
+    return PhaseLedger(
+        name="latents",
+        items=_items(
+            ((VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)), (ACTIVATIONS, peak, tile)), buffer, device
+        ),
+        flops=flops * crops,
+    )
+
+
+def samples_phase(
+    folder: ModelFolder, recipe: Recipe, *, resolution: int, trained_bytes: int, device: torch.device
+) -> PhaseLedger:
+    """The whole stock pipeline, and the larger of a denoising pass and the decoding of a batch of images."""
+    streamed = recipe.weights == "streamed"
+    batch = 1 if streamed else min(BATCH, len(recipe.sample_prompts) or PROMPTS)
+    images = 2 * (len(recipe.sample_prompts) or PROMPTS)
+    side = resolution // folder.vae_scale
+    guided = 1 if folder.denoiser_config.get("guidance_embeds") else 2
+    unpacked = recipe.model_copy(update={"weight_bits": None})
+    adapter, tiles = denoiser_skeleton(folder, unpacked, blocks=range(folder.block_count), latent_side=side)
+    whole = BlockPlan(folder.block_count)
+    inputs = shaped_batch(folder, adapter, whole, empty, samples=batch * guided, side=side, tokens=text_tokens(folder))
+    denoising, work = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
+    vae, vae_buffer = _vae(folder, recipe)
+    latents = empty(batch, *inputs.latents.shape[1:])
+    decoding, decode_work = _pass(lambda: vae.decode(latents))
+    encoders = [
+        _bytes(_text_encoder(folder, part, dtype=dtype_of(recipe), streamed=streamed)[0], streamed=streamed)
+        for part in filter(folder.has, folder.family.text_encoders)
+    ]
+    buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
+    decodes = decoding > denoising
+    return PhaseLedger(
+        name="samples",
+        items=_items(
+            (
+                (DENOISER, _bytes(adapter.model, streamed=streamed), recipe.dtype + _where(streamed)),
+                ("trained parameters", trained_bytes, "the result"),
+                (VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)),
+                (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
+                (ACTIVATIONS, max(denoising, decoding), f"{'decoding' if decodes else 'denoising'} {batch} images"),
+            ),
+            buffer,
+            device,
+        ),
+        flops=(work * recipe.sample_steps + decode_work) * -(-images // batch),
+    )
+
+
+def _items(parts: Sequence[tuple[str, int, str]], buffer: int, device: torch.device) -> tuple[Item, ...]:
+    place: Place = "device" if device.type == "cuda" else "host"
+    items = [Item(name=name, bytes=size, formula=formula, place=place) for name, size, formula in parts if size]
+    if buffer:
+        items.append(Item(name=BUFFER, bytes=buffer, formula="a tile of one weight"))
+    return (*items, heap())
+
+
+def _pass(run: Callable[[], Any]) -> tuple[int, int]:
+    """The bytes that live at the peak of a pass without gradients, beyond what is there already, and its operations."""
+    live = LiveBytes()
+    with torch.no_grad(), fused_attention(), live:
+        run()
+    return live.peak_bytes, live.flops
+
+
+def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streamed: bool) -> tuple[nn.Module, int]:
+    kind = getattr(transformers, folder.index[part][1])
+    with building(), init_empty_weights():
+        encoder: nn.Module = kind(kind.config_class.from_pretrained(folder.path / part))
+    retype(encoder.eval(), dtype)
+    if not streamed:
+        return encoder, 0
+    tiles = stream_shapes(encoder, dtype=dtype)
+    return encoder, tiles.tile_bytes
+
+
+def _vae(folder: ModelFolder, recipe: Recipe) -> tuple[Any, int]:
+    with building(), init_empty_weights():
+        vae = folder.family.vae.from_config(folder.vae_config)
+    retype(vae.eval(), torch.float32)
+    buffer = stream_shapes(vae, dtype=torch.float32).tile_bytes if recipe.weights == "streamed" else 0
+    if recipe.vae_tile is not None:
+        use_tiles(vae, recipe.vae_tile, scale=folder.vae_scale)
+    return vae.requires_grad_(False), buffer
+
+
+def _length(folder: ModelFolder, part: str) -> int:
+    longest = folder.config(part).get("max_position_embeddings")
+    is_clip = folder.index[part][1].startswith("CLIP")
+    return min(CLIP_TOKENS, longest or CLIP_TOKENS) if is_clip else folder.text_padding
+
+
+def _bytes(model: nn.Module, *, streamed: bool) -> int:
+    seen: dict[int, Tensor] = {id(one): one for one in held_tensors(model, without_embeddings=streamed)}
+    return sum(one.untyped_storage().nbytes() for one in seen.values())
+
+
+def _where(streamed: bool) -> str:
+    return ", small tensors; the rest is read from disk" if streamed else ""

@@ -1,0 +1,219 @@
+"""The ledger of training and of the pass before it: real steps on the meta device, and closed forms for what they hide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from pocketune.budget.constants import HEAP_BYTES, HEAP_BYTES_PER_TENSOR
+from pocketune.budget.inputs import empty, shaped_batch
+from pocketune.budget.ledger import Item, PhaseLedger, Place
+from pocketune.budget.skeleton import denoiser_skeleton, held_tensors
+from pocketune.budget.tracing import LiveBytes, ShapeScratch, fused_attention
+from pocketune.methods.base import Tuned
+from pocketune.models.base import DenoiserAdapter
+from pocketune.models.load import ModelFolder
+from pocketune.plan.blocks import BlockPlan
+from pocketune.recipe import Recipe
+from pocketune.recompute import saved_to
+from pocketune.step import span_features
+from pocketune.train import forget_activations, loss_of
+from pocketune.tuning import METHODS
+
+ATTENTION, FEED_FORWARD, OTHERS = "attention activations", "feed-forward activations", "other activations"
+GRADIENTS = "gradients of activations"
+TRAINED, MOMENTS, WEIGHTS, INPUTS = "trained parameters", "optimizer moments", "frozen weights", "batch and features"
+BUFFER, HEAP = "streaming buffer", "heap"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes of a job.
+
+    Attributes:
+        side: of the latents.
+        tokens: of the text.
+        samples: of a batch, class images included.
+    """
+
+    side: int
+    tokens: int
+    samples: int = 1
+
+
+class _NoOptimizer:
+    """Frees gradients as an optimizer's step does, whose moments are counted apart."""
+
+    def __init__(self, tuned: Tuned) -> None:
+        self._parameters = list(tuned.parameters.values())
+
+    def step(self) -> None:
+        return
+
+    def zero_grad(self, *, set_to_none: bool) -> None:  # noqa: ARG002
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def training_phase(
+    folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, device: torch.device, one_size: bool = True
+) -> PhaseLedger:
+    """What is in memory at the peak of a training step, from the second on, when the optimizer has its moments.
+
+    Args:
+        folder: the model; its weights are not read.
+        recipe: complete.
+        plan: what is skipped.
+        shapes: sizes of the job.
+        device: where the arithmetic is done.
+        one_size: whether all steps work at one size, so that a table of positions can be cropped.
+    """
+    side = shapes.side if one_size else None
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=side)
+    weights = held_tensors(adapter.model)
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)
+    scratch = ShapeScratch() if recipe.activations == "on_disk" else None
+    trained = [parameter.to("meta") for parameter in tuned.parameters.values()]
+    backprop = recipe.gradient != "zeroth_order"
+    has_moments = backprop or recipe.zo_optimizer == "adam"
+    moments = [torch.empty_like(one, device="meta") for one in trained for _ in range(2)] if has_moments else []
+    batch = shaped_batch(folder, adapter, plan, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
+    live = LiveBytes()
+    counted = len([one for one in weights if one.numel()])
+    live.hold(weights, WEIGHTS)
+    live.hold(trained, TRAINED)
+    live.hold(tuned.parameters.values(), TRAINED)
+    live.hold(moments, MOMENTS)
+    live.hold(_tensors(batch), INPUTS)
+    if recipe.activations != "kept":
+        forget_activations(adapter, recipe, cast(torch.optim.AdamW, _NoOptimizer(tuned)), scratch)
+    follow(live, adapter)
+    live.begin()
+    with fused_attention(), live:
+        if backprop:
+            with saved_to(scratch):
+                loss = loss_of(adapter, plan, recipe, tuned.inputs(batch))
+                with live.named(GRADIENTS):
+                    torch.autograd.backward(loss)
+        else:
+            with torch.no_grad():
+                loss_of(adapter, plan, recipe, tuned.inputs(batch))
+    count = sum(one.numel() for one in trained)
+    formulas = {
+        WEIGHTS: f"{counted} tensors in {recipe.dtype}" + _residence(recipe),
+        TRAINED: f"{count:,} x 4 B",
+        MOMENTS: f"2 x {count:,} x 4 B",
+        INPUTS: f"{shapes.samples} x latents, {shapes.tokens} tokens of text, features of {len(plan.skipped_spans)} spans",
+        ATTENTION: _activations(recipe, plan),
+        FEED_FORWARD: _activations(recipe, plan),
+        OTHERS: _activations(recipe, plan),
+        GRADIENTS: "one block at a time" if recipe.optimizer_in_backward else f"{count:,} x 4 B and what flows back",
+    }
+    place: Place = "device" if device.type == "cuda" else "host"
+    items = [
+        Item(name=name, bytes=size, formula=formulas[name], place=place)
+        for name, size in live.at_peak.items()
+        if size and name in formulas
+    ]
+    if tiles is not None:
+        items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
+    passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else 2 * recipe.zo_queries)
+    return PhaseLedger(
+        name="training",
+        items=(*items, heap(len(trained))),
+        flops=live.flops * recipe.steps * (1 if backprop else 2 * recipe.zo_queries),
+        read_bytes=passes * stored_bytes(folder, plan, recipe) * recipe.steps,
+        written_bytes=0 if scratch is None else scratch.written_bytes * recipe.steps,
+        disk_bytes=0 if scratch is None else scratch.size_bytes,
+    )
+
+
+def saving_phase(training: PhaseLedger) -> PhaseLedger:
+    """What is in memory while a checkpoint and the result are written: all that training keeps between two steps."""
+    kept = (WEIGHTS, TRAINED, MOMENTS, INPUTS, BUFFER, HEAP)
+    items = [item for item in training.items if item.name in kept]
+    # The file is read back once to sort its header, so that equal results have equal bytes.
+    copies = 2 * training.item(TRAINED)
+    return PhaseLedger(name="saving", items=(*items, Item(name="the result's file", bytes=copies, formula="2 copies")))
+
+
+def features_phase(
+    folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, draws: int, device: torch.device
+) -> PhaseLedger:
+    """What is in memory while the features of skipped blocks are computed."""
+    blocks = range(plan.skipped_spans[-1].stop)
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.side)
+    whole = BlockPlan(plan.block_count)
+    batch = shaped_batch(folder, adapter, whole, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
+    live = LiveBytes()
+    live.hold(held_tensors(adapter.model), WEIGHTS)
+    live.hold(_tensors(batch), INPUTS)
+    follow(live, adapter)
+    live.begin()
+    with fused_attention(), live:
+        span_features(adapter, plan, batch)
+    formula = f"a forward pass of {len(blocks)} blocks"
+    place: Place = "device" if device.type == "cuda" else "host"
+    items = [Item(name=name, bytes=size, formula=formula, place=place) for name, size in live.at_peak.items() if size]
+    if tiles is not None:
+        items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
+    passes = 0 if tiles is None else -(-draws // shapes.samples)
+    return PhaseLedger(
+        name="features",
+        items=(*items, heap()),
+        flops=live.flops * -(-draws // shapes.samples),
+        read_bytes=passes * stored_bytes(folder, BlockPlan(plan.block_count), recipe),
+    )
+
+
+def follow(live: LiveBytes, adapter: DenoiserAdapter) -> None:
+    """Name activations after the part of a block that makes them."""
+    kinds = {"attn": ATTENTION, "attn1": ATTENTION, "attn2": ATTENTION, "ff": FEED_FORWARD, "ff_context": FEED_FORWARD}
+    live.follow(adapter.model, lambda path: kinds.get(path.rsplit(".", 1)[-1]))
+
+
+def heap(trained_tensors: int = 0) -> Item:
+    """What no tensor shows."""
+    size = HEAP_BYTES + HEAP_BYTES_PER_TENSOR * trained_tensors
+    formula = f"{HEAP_BYTES / 1e6:.0f} MB + {HEAP_BYTES_PER_TENSOR / 1e3:.0f} kB x {trained_tensors} trained tensors, fitted"
+    return Item(name=HEAP, bytes=size, formula=formula, fixed=True)
+
+
+def stored_bytes(folder: ModelFolder, plan: BlockPlan, recipe: Recipe) -> int:
+    """Of the weights of the kept blocks as they lie on disk, packed if the recipe packs them; 2 bytes a value otherwise."""
+    adapter = folder.empty_denoiser()
+    for index in plan.skipped:
+        adapter.remove_block(index)
+    values: int = sum(parameter.numel() for parameter in adapter.model.parameters())
+    return values * (recipe.weight_bits or 16) // 8
+
+
+def _residence(recipe: Recipe) -> str:
+    if recipe.weights == "streamed":
+        return "; the rest is read from disk"
+    return f", packed to {recipe.weight_bits} bits" if recipe.weight_bits else ""
+
+
+def _activations(recipe: Recipe, plan: BlockPlan) -> str:
+    if recipe.gradient == "zeroth_order":
+        return "one block, forward"
+    kept = len(plan.kept)
+    return {
+        "kept": f"{kept} blocks",
+        "recomputed": f"inputs of {kept} blocks, and one block again",
+        "on_disk": f"one of {kept} blocks; the rest is in the scratch file",
+    }[recipe.activations]
+
+
+def _tensors(batch: object) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for value in vars(batch).values():
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += [stream for streams in value.values() for stream in streams]
+        elif hasattr(value, "__dataclass_fields__"):
+            found += _tensors(value)
+    return found

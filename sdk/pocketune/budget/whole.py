@@ -1,0 +1,211 @@
+"""The ledger of a whole job: its phases with what every one of them holds, and what lies on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pocketune.budget.inputs import text_tokens
+from pocketune.budget.ledger import Item, Ledger, PhaseLedger
+from pocketune.budget.parts import latents_phase, samples_phase, text_phase
+from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_phase, stored_bytes, training_phase
+from pocketune.errors import ModelError, PlanError
+from pocketune.features.precompute import predicted_bytes
+from pocketune.models.empty import PUBLISHED
+from pocketune.models.load import ModelFolder, open_model
+from pocketune.models.registry import family_named
+from pocketune.plan.blocks import BlockPlan
+from pocketune.plan.select import selection_of
+from pocketune.plan.skipping import plan_for
+from pocketune.recipe import Recipe
+from pocketune.sampling.draws import refresh_periods
+from pocketune.sampling.patches import patches_of
+
+_TYPICAL_PHOTOS = 5 * 1024 * 1024 * 3
+_STAGES = {"AutoencoderDC": 6}
+
+
+class PublishedModel(ModelFolder):
+    """A published model of which only the denoiser's configuration is here; it has no text encoders and no autoencoder."""
+
+    def __init__(self, name: str) -> None:
+        """Read a configuration of `pocketune.models.load.PUBLISHED`."""
+        config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+        self.name = self.source = name
+        self.path = Path(name)
+        self.denoiser_config, self.denoiser_kind = config, config["_class_name"]
+        self.family = family_named(self.denoiser_kind, config, name=name)
+        self.sizes = self.family.sizes(config)
+        self.index = {self.family.component: ["diffusers", self.denoiser_kind]}
+        self.vae_config = {"block_out_channels": [0] * _STAGES.get(self.family.vae.__name__, 4)}
+
+    @property
+    def text_padding(self) -> int:
+        """That of the whole pipeline as it was published."""
+        return self.family.text_length(_AllParts(self.denoiser_config))
+
+
+@dataclass
+class _AllParts:
+    """A pipeline that has every part, of which only the denoiser's configuration is known."""
+
+    denoiser_config: dict[str, Any]
+
+    def has(self, part: str) -> bool:  # noqa: ARG002
+        return True
+
+    def config(self, part: str) -> dict[str, Any]:
+        msg = f"the configuration of {part} is not here. Give a folder of the whole pipeline."
+        raise ModelError(msg)
+
+
+def model_to_plan(model: str | Path) -> ModelFolder:
+    """A published configuration by name, or a model as `open_model` finds it."""
+    return PublishedModel(str(model)) if str(model) in PUBLISHED else open_model(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a job is planned for.
+
+    Attributes:
+        folder: the model.
+        device: where the arithmetic is done.
+        floor_bytes: of interpreter and libraries.
+        photo_bytes: of the photos in memory; None: a typical handful.
+        tokens: of the text; None: the model's.
+    """
+
+    folder: ModelFolder
+    device: torch.device
+    floor_bytes: int
+    photo_bytes: int | None = None
+    tokens: int | None = None
+
+
+class Ledgers:
+    """Gives the ledgers of recipes for one setting. Phases whose settings two recipes share are worked out once."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Begin without any."""
+        self._setting = setting
+        self._phases: dict[tuple[object, ...], PhaseLedger] = {}
+
+    def __call__(self, recipe: Recipe) -> Ledger:
+        """The ledger of a personalization, without reading a weight.
+
+        Raises:
+            PlanError: the recipe does not fit the model, or tunes a word, which is not planned for.
+            RecipeError: as of `Family.complete`.
+        """
+        if recipe.method == "token":
+            msg = (
+                'memory is not planned for method = "token", which keeps text encoders beside the denoiser. Leave the budget '
+                "out."
+            )
+            raise PlanError(msg)
+        folder = self._setting.folder
+        recipe = folder.family.complete(recipe)
+        plan = block_plan(folder, recipe)
+        phases = tuple(_with_floor(phase, self._setting) for phase in self._of(recipe, plan))
+        return Ledger(phases=phases, disk=_disk(recipe, self._setting, plan, phases), notes=_notes(folder))
+
+    def _of(self, recipe: Recipe, plan: BlockPlan) -> Iterator[PhaseLedger]:
+        folder, device = self._setting.folder, self._setting.device
+        resolution, side = recipe.resolution or folder.native_resolution, _training_side(recipe, folder)
+        batch = _samples(recipe)
+        shapes = Shapes(side=side // folder.vae_scale, tokens=self._setting.tokens or text_tokens(folder), samples=batch)
+        draws = recipe.draws or recipe.steps * batch
+        held = (recipe.weights, recipe.dtype)
+        packed = (*held, recipe.weight_bits, plan, shapes)
+        if folder.has("vae"):
+            yield PhaseLedger(name="photos", items=())
+            yield self._once(lambda: text_phase(folder, recipe, device=device), "text", *held, recipe.class_prompt is None)
+            yield self._once(
+                lambda: latents_phase(folder, recipe, resolution=side, crops=draws, device=device),
+                *("latents", *held, recipe.vae_tile, side, draws),
+            )
+        if plan.skipped and recipe.use_residuals:
+            yield self._once(
+                lambda: features_phase(folder, recipe, plan, shapes, draws=draws, device=device), "features", *packed, draws
+            )
+        one_size = recipe.gradient != "mixed"
+        training = self._once(
+            lambda: training_phase(folder, recipe, plan, shapes, device=device, one_size=one_size),
+            *("training", recipe.model_copy(update={"vae_tile": None, "sample_prompts": ()}).model_dump_json()),
+        )
+        yield training
+        yield saving_phase(training)
+        if folder.has("vae"):
+            trained = training.item(TRAINED)
+            prompts = len(recipe.sample_prompts)
+            samples = self._once(
+                lambda: samples_phase(folder, recipe, resolution=resolution, trained_bytes=trained, device=device),
+                *("samples", *held, recipe.vae_tile, resolution, trained, prompts, recipe.sample_steps),
+            )
+            if recipe.class_prompt is not None:
+                yield replace(samples, name="class images")  # by the same pipeline, before anything is trained
+            yield samples
+
+    def _once(self, make: Callable[[], PhaseLedger], *key: object) -> PhaseLedger:
+        if key not in self._phases:
+            self._phases[key] = make()
+        return self._phases[key]
+
+
+def block_plan(folder: ModelFolder, recipe: Recipe) -> BlockPlan:
+    """Which blocks the recipe skips."""
+    selection = selection_of(folder) if recipe.skip.startswith("auto") and folder.path.is_dir() else None
+    return plan_for(folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection)
+
+
+def _samples(recipe: Recipe) -> int:
+    return recipe.batch_size * (1 if recipe.class_prompt is None else 2)
+
+
+def _training_side(recipe: Recipe, folder: ModelFolder) -> int:
+    resolution = recipe.resolution or folder.native_resolution
+    return patches_of(recipe, resolution=resolution, unit=folder.resolution_unit, noise=np.zeros(1)).smallest
+
+
+def _with_floor(phase: PhaseLedger, setting: Setting) -> PhaseLedger:
+    photos = _TYPICAL_PHOTOS if setting.photo_bytes is None else setting.photo_bytes
+    said = "5 of 1024 x 1024 pixels, 3 B each" if setting.photo_bytes is None else "3 B a pixel"
+    floor = Item(name="interpreter and libraries", bytes=setting.floor_bytes, formula="measured", fixed=True)
+    if not setting.folder.has("vae"):
+        return replace(phase, items=(floor, *phase.items))
+    return replace(phase, items=(floor, Item(name="photos", bytes=photos, formula=said, fixed=True), *phase.items))
+
+
+def _disk(recipe: Recipe, setting: Setting, plan: BlockPlan, phases: tuple[PhaseLedger, ...]) -> tuple[tuple[str, int], ...]:
+    folder = setting.folder
+    training = next(phase for phase in phases if phase.name == "training")
+    trained = training.item(TRAINED)
+    disk = {"checkpoints": 3 * 3 * trained, "result": trained, "scratch file": training.disk_bytes}
+    if plan.skipped and recipe.use_residuals:
+        longest = max(len(steps) for steps in refresh_periods(recipe))
+        samples = _samples(recipe)
+        disk["feature cache"] = predicted_bytes(
+            folder,
+            plan,
+            side=_training_side(recipe, folder),
+            text_tokens=setting.tokens or text_tokens(folder),
+            draws=min(recipe.draws or longest * samples, longest * samples),
+            dtype=getattr(torch, recipe.cache_dtype),
+        )
+    if recipe.weights == "streamed" and recipe.weight_bits:
+        disk["packed copy"] = stored_bytes(folder, BlockPlan(plan.block_count), recipe)
+    return tuple((name, size) for name, size in disk.items() if size)
+
+
+def _notes(folder: ModelFolder) -> tuple[str, ...]:
+    if folder.has("vae"):
+        return ()
+    return (f"only the denoiser's configuration of {folder.name} is here: photos, text, latents and samples are not counted",)

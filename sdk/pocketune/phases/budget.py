@@ -1,0 +1,118 @@
+"""The plan of a job that has a memory budget: made before anything starts, kept in RUN, and watched over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pocketune.atomic import write_text
+from pocketune.budget.planning import Question, measured_floor, plan_apart, within_limits
+from pocketune.budget.search import MemoryPlan
+from pocketune.budget.sizes import parse_size, readable
+from pocketune.errors import BudgetError, RunError
+from pocketune.guard import Guard
+from pocketune.models.load import ModelFolder
+from pocketune.photos import Photo
+from pocketune.recipe import Recipe
+from pocketune.watch import Watch
+
+PLAN_FILE = "plan.json"
+
+
+def plan_job(
+    recipe: Recipe,
+    budget: str | int,
+    *,
+    model: str,
+    folder: ModelFolder,
+    run: Path,
+    resume: bool,
+    pictures: Sequence[Photo],
+    device: torch.device,
+    watch: Watch,
+) -> MemoryPlan:
+    """The plan of a new job, or the one that an interrupted job was begun with; progress says its peak.
+
+    Args:
+        recipe: what is asked.
+        budget: main memory, in bytes or as a person writes it.
+        model: as of `personalize`.
+        folder: the model, opened.
+        run: the RUN folder.
+        resume: whether a job goes on.
+        pictures: the photos.
+        device: where the arithmetic is done.
+        watch: of the job.
+
+    Raises:
+        PlanError: nothing fits, or `RUN/plan.json` is not readable.
+    """
+    with watch.phase("plan"):
+        bound, note = within_limits(parse_size(budget) if isinstance(budget, str) else budget)
+        kept = run / PLAN_FILE
+        if resume and kept.is_file():
+            plan = MemoryPlan.from_dict(recipe, _read(kept) | {"budget_bytes": bound})
+        else:
+            question = Question(
+                model=model,
+                budget_bytes=bound,
+                device_budget_bytes=_free_bytes(device),
+                device=str(device),
+                floor_bytes=measured_floor(folder),
+                photo_bytes=sum(picture.image.width * picture.image.height * 3 for picture in pictures),
+            )
+            plan = plan_apart(recipe, question)
+        changed = ", ".join(f"{trade.setting} {trade.planned}" for trade in plan.trades) or "the recipe as it is"
+        peak = f"predicted peak {readable(plan.ledger.peak_bytes())} of {readable(plan.budget_bytes or 0)}"
+        watch.say("plan", f"{peak}: {changed}" + (f" ({note})" if note else ""))
+    return plan
+
+
+def keep_plan(plan: MemoryPlan, run: Path) -> None:
+    """Write the plan into RUN, so that a resumed job has the same settings."""
+    write_text(run / PLAN_FILE, json.dumps(plan.as_dict()) + "\n")
+
+
+def guard_of(plan: MemoryPlan, device: torch.device) -> Guard:
+    """What stops a job before it has more than the budget."""
+    used = (lambda: torch.cuda.memory_reserved(device)) if device.type == "cuda" else None
+    return Guard(plan.budget_bytes or 0, device_budget_bytes=plan.device_budget_bytes, device_bytes=used)
+
+
+def exceeded(guard: Guard, plan: MemoryPlan, phase: str) -> BudgetError:
+    """What to tell about a job that was stopped."""
+    rss = readable(guard.tripped.rss_bytes) if guard.tripped else "?"
+    msg = (
+        f"memory reached {rss} in the phase {phase}, which is close to the budget of {readable(plan.budget_bytes or 0)} "
+        f"(predicted: {readable(plan.ledger.peak_bytes())}). What was done is kept: add --resume and a larger --memory-budget, "
+        "or start anew with a lower resolution."
+    )
+    return BudgetError(msg)
+
+
+def predicted(plan: MemoryPlan) -> dict[str, Any]:
+    """What the record of a run says about its plan; saving is a part of the phase of training."""
+    phases = {phase.name: phase.bytes() for phase in plan.ledger.phases}
+    phases["training"] = max(phases["training"], phases.pop("saving"))
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "needs_bytes": plan.needs_bytes,
+        "settings": {trade.setting: trade.planned for trade in plan.trades},
+        "phases": phases,
+    }
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        msg = f"cannot read {path} ({error}). Start again without --resume."
+        raise RunError(msg) from error

@@ -1,0 +1,174 @@
+"""Memory plans: ledgers add up, nothing is loaded for them, a larger budget never makes a worse plan, and refusals help."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketune.budget import planning
+from pocketune.budget.inputs import text_tokens
+from pocketune.budget.ladder import changes, rungs
+from pocketune.budget.ledger import Ledger
+from pocketune.budget.search import MemoryPlan, choose, fits, needs
+from pocketune.budget.sizes import parse_size, readable
+from pocketune.budget.whole import Ledgers, Setting, model_to_plan
+from pocketune.cgroups import CgroupLimits
+from pocketune.errors import PlanError, RecipeError
+from pocketune.models.load import ModelFolder
+from pocketune.profile import PROFILES, profile_named
+from pocketune.recipe import Recipe
+from pocketune.weights import mapped, stream
+
+FLOOR = 100_000_000
+CPU = torch.device("cpu")
+
+
+def asked(**values: object) -> Recipe:
+    return Recipe.create(instance_prompt="a photo of sks toy", resolution=64, steps=4, rank=16, **values)
+
+
+@pytest.fixture(scope="module")
+def ledgers(tiny_model: ModelFolder) -> Ledgers:
+    return Ledgers(Setting(folder=tiny_model, device=CPU, floor_bytes=FLOOR))
+
+
+@pytest.fixture(scope="module")
+def steps(ledgers: Ledgers) -> list[tuple[Recipe, Ledger]]:
+    """All settings of the ladder with their ledgers; layers of the tiny model are large enough to be streamed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "SMALLEST_STREAMED", 1)
+        return [(recipe, ledgers(recipe)) for recipe in rungs(asked())]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", 2**30), ("900MB", 900_000_000), ("1.5G", 1_500_000_000), ("512 mib", 2**29), ("800000000", 8e8)]
+)
+def test_sizes_are_read(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "1TB", "-1G", "0", "1 I", "1e9"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="is no size of memory"):
+        parse_size(text)
+
+
+def test_every_figure_of_a_device_has_a_source() -> None:
+    for profile in PROFILES.values():
+        assert set(profile.sources) == {"memory_bytes", "system_bytes", "gflops", "disk_bytes_per_s"}
+        assert all(source.startswith(("https://", "estimate")) for source in profile.sources.values())
+        assert 0 < profile.usable_bytes < profile.memory_bytes
+    with pytest.raises(PlanError, match="no device toaster; there are jetson-orin-nano"):
+        profile_named("toaster")
+
+
+def test_the_ladder_begins_with_the_recipe_and_every_step_is_a_valid_recipe() -> None:
+    for given in ({}, {"gradient": "zeroth_order"}, {"activations": "on_disk"}, {"method": "scales", "weight_bits": 8}):
+        found = list(rungs(asked(**given)))
+        assert found[0] == asked(**given)
+        assert len(found) == len({recipe.model_dump_json() for recipe in found})
+        for recipe in found:
+            assert Recipe.create(**recipe.model_dump()) == recipe
+            assert set(changes(asked(**given), recipe)) <= {"weights", "activations", "optimizer_in_backward", "vae_tile"}
+
+
+def test_a_ledger_is_the_sum_of_its_items(steps: list[tuple[Recipe, Ledger]]) -> None:
+    for _, ledger in steps:
+        for phase in ledger.phases:
+            assert phase.bytes() == sum(item.bytes for item in phase.items)
+            assert all(item.bytes >= 0 and item.formula for item in phase.items)
+        assert ledger.peak_bytes() == max(phase.bytes() for phase in ledger.phases)
+        assert [phase.name for phase in ledger.phases] == ["photos", "text", "latents", "training", "saving", "samples"]
+        assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
+
+
+def test_skipped_blocks_have_a_phase_and_a_cache_on_disk(ledgers: Ledgers) -> None:
+    ledger = ledgers(asked(skip="0-1,5"))
+    assert "features" in [phase.name for phase in ledger.phases]
+    assert dict(ledger.disk)["feature cache"] > 0
+
+
+def test_without_a_budget_the_recipe_stays_as_it_is(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
+    plan = choose(asked(), ledgers, tiny_model, budget_bytes=None)
+    assert plan.recipe == asked()
+    assert plan.trades == ()
+
+
+def test_a_larger_budget_never_makes_a_worse_plan(
+    ledgers: Ledgers, steps: list[tuple[Recipe, Ledger]], tiny_model: ModelFolder
+) -> None:
+    order = [recipe for recipe, _ in steps]
+    budgets = sorted({needs(ledger) for _, ledger in steps})
+    plans = [choose(asked(), ledgers, tiny_model, budget_bytes=budget) for budget in budgets]
+    places = [order.index(plan.recipe) for plan in plans]
+    assert places == sorted(places, reverse=True)
+    assert plans[-1].recipe == asked()
+    for plan, budget in zip(plans, budgets, strict=True):
+        assert fits(plan.ledger, budget, None)
+        assert plan.needs_bytes <= budget
+        assert {trade.setting for trade in plan.trades} == set(changes(asked(), plan.recipe))
+        assert plan.better is None or plan.better.needs_bytes > plan.needs_bytes
+        assert plan.cheaper is None or plan.cheaper.needs_bytes < plan.needs_bytes
+        assert MemoryPlan.from_dict(asked(), json.loads(json.dumps(plan.as_dict()))).as_dict() == plan.as_dict()
+
+
+def test_a_refusal_names_the_largest_item_and_a_change_that_helps(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
+    cheapest = min(needs(ledgers(recipe)) for recipe in rungs(asked()))
+    with pytest.raises(PlanError) as refusal:
+        choose(asked(), ledgers, tiny_model, budget_bytes=cheapest - 1, where=" on 'toaster'")
+    text = str(refusal.value)
+    assert f"recipe needs {readable(cheapest)} on 'toaster'" in text
+    assert "largest item: " in text
+    found = re.search(r"Try (.*) \(", text)
+    assert found is not None
+    words = found[1].replace("--", "").split()
+    values = {name: int(value) if value.isdigit() else value for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert choose(asked().model_copy(update=values), ledgers, tiny_model, budget_bytes=cheapest - 1)
+
+
+def test_a_budget_below_the_libraries_is_refused_at_once(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
+    with pytest.raises(PlanError, match="Interpreter and libraries alone take 95 MiB"):
+        choose(asked(), ledgers, tiny_model, budget_bytes=FLOOR // 2)
+
+
+def test_no_weights_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        message = "weights were opened"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(mapped.MappedFile, "__init__", refuse)
+    for weights in ("resident", "streamed"):
+        assert planning.plan_memory(asked(weights=weights), planning.Question(model=str(tiny_folder), floor_bytes=FLOOR))
+
+
+def test_a_word_is_not_planned_for(ledgers: Ledgers) -> None:
+    with pytest.raises(PlanError, match="token"):
+        ledgers(asked(method="token"))
+
+
+def test_published_configurations_say_what_they_leave_out() -> None:
+    folder = model_to_plan("sd15")
+    assert folder.resolution_unit == 64
+    assert model_to_plan("sana-600m-1024").vae_scale == 32
+    assert text_tokens(model_to_plan("sd35-medium")) == 333
+    assert not folder.has("vae")
+
+
+def test_a_gpu_has_a_budget_of_its_own(tiny_model: ModelFolder) -> None:
+    ledgers = Ledgers(Setting(folder=tiny_model, device=torch.device("cuda"), floor_bytes=FLOOR))
+    ledger = ledgers(asked())
+    assert 0 < ledger.peak_bytes("device") < FLOOR < ledger.peak_bytes()
+    assert "frozen weights" in {item.name for phase in ledger.phases for item in phase.items if item.place == "device"}
+    with pytest.raises(PlanError, match="largest item"):
+        choose(asked(), ledgers, tiny_model, budget_bytes=10 * FLOOR, device_budget_bytes=1000)
+
+
+def test_a_control_group_below_the_budget_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "read_limits", lambda: CgroupLimits(memory_bytes=2**29))
+    assert planning.within_limits(2**30) == (
+        2**29,
+        "a control group limits this process to 512 MiB, which is less than the budget",
+    )
+    assert planning.within_limits(2**28) == (2**28, None)
