@@ -150,7 +150,12 @@ def choose(
 def _trades(tried: list[tuple[Recipe, Ledger]]) -> tuple[Trade, ...]:
     """What each change saved where it came in, on the way down the ladder from what was asked to what was chosen."""
     (asked, _), (chosen, _) = tried[0], tried[-1]
-    way = [tried[0], *(pair for pair in tried[1:-1] if pair[0].vae_tile == asked.vae_tile), tried[-1]]
+    way = [tried[0]]
+    for pair in tried[1:-1]:
+        nearer = len(changes(pair[0], chosen)) <= len(changes(way[-1][0], chosen))
+        if nearer and len(changes(way[-1][0], pair[0])) == 1 and pair[0].vae_tile == asked.vae_tile:
+            way.append(pair)
+    way.append(tried[-1])
     saved: dict[str, int] = dict.fromkeys(changes(asked, chosen), 0)
     for (before, first), (after, second) in pairwise(way):
         named = [name for name in changes(before, after) if name in saved]
