@@ -65,7 +65,7 @@ def measure(model: str, *, pairs: int, threads: int, out: Path) -> None:
         adapter, tuned = eager_model(bundle, folder, plan, recipe)
         parameters = tuned.parameters
         optimizer = new_optimizer(parameters, recipe)
-        kept = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
+        kept = [parameter.name for parameter in manifest.tuned.parameters if parameter.offset is not None]
         take_step = open_steps(bundle, threads=threads)
         start = torch.cat([parameters[name].detach().reshape(-1) for name in kept]).numpy()
         state = fresh_state(Adapter(start, {}))

@@ -10,14 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pocketune.atomic import replacing
 from pocketune.errors import Interrupted, PocketuneError, RunError
 from pocketune.memory import read_memory
 from pocketune.progress import Progress
 from pocketune_edge.bundle import Bundle, open_bundle
-from pocketune_edge.delta import LORA_FILE, load_lora
+from pocketune_edge.delta import load_result, neutral
 from pocketune_edge.display import Display, duration, printable, say
 from pocketune_edge.errors import SettingError
 from pocketune_edge.job import RECORD_FILE, personalize
@@ -61,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=int, help="optimizer steps")
     train.add_argument("--seed", type=int, help="equal seeds give equal results")
     train.add_argument("--learning-rate", type=float, help="of AdamW")
+    train.add_argument("--scale-learning-rate", type=float, help="of AdamW for output scales")
     train.add_argument("--zo-learning-rate", type=float, help="of zeroth-order steps")
     train.add_argument("--batch-size", type=int, help="photos in each step")
     train.add_argument("--checkpoint-every", type=int, help="steps between checkpoints")
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="make images, with a trained LoRA or without")
     sample.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or archive made by export-trainable")
     sample.add_argument("--prompt", action="append", required=True, help="what to show; may be given several times")
-    sample.add_argument("--lora", type=Path, help="a RUN folder or a LoRA file; default: the base model")
+    sample.add_argument("--lora", type=Path, help="a RUN folder or a result file; default: the base model")
     sample.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count up (default 0)")
     sample.add_argument("--steps", type=int, help="steps of the sampler; default: the recipe's")
     sample.add_argument("--guidance", type=float, help="guidance scale; default: the recipe's")
@@ -109,7 +108,7 @@ def _personalize(given: argparse.Namespace) -> None:
         )
     result = {
         "run": str(given.out),
-        "lora": str(given.out / "lora" / LORA_FILE),
+        record["method"]: str(given.out / record["result"]),
         "record": str(given.out / RECORD_FILE),
         "steps": len(record["losses"]),
         "last_loss": record["losses"][-1],
@@ -119,7 +118,7 @@ def _personalize(given: argparse.Namespace) -> None:
         say(json.dumps(result))
     elif not given.quiet:
         peak = max(reading["rss_bytes"] for reading in record["peaks"].values())
-        say(f"lora    {result['lora']}")
+        say(f"{record['method']:<8}{result[record['method']]}")
         say(f"record  {result['record']}")
         say(f"took    {duration(sum(record['seconds'].values()))}, at most {peak / 1e6:.0f} MB of memory")
 
@@ -130,7 +129,6 @@ def _sample(given: argparse.Namespace) -> None:
         bundle = open_bundle(given.bundle)
         asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
         settings, _ = settings_of(bundle.manifest, asked)
-        empty = np.zeros(bundle.manifest.lora.flat_elements, np.float32)
         sessions = Sessions(bundle, keep=not given.streaming, threads=_checked_threads(given.threads))
         images = render(
             sessions,
@@ -138,7 +136,7 @@ def _sample(given: argparse.Namespace) -> None:
             seeds=[settings.seed + number for number in range(len(given.prompt))],
             steps=settings.sample_steps,
             guidance=settings.guidance_scale,
-            parameters=load_lora(bundle, given.lora).flat if given.lora is not None else empty,
+            parameters=neutral(bundle.manifest.tuned) if given.lora is None else load_result(bundle, given.lora).flat,
             on_step=lambda done, total: display(_event("samples", done, total, "step")),
         )
         for image, path in zip(images, paths, strict=True):
@@ -180,8 +178,10 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "skipped_blocks": ",".join(skipped) or "none",
         "resolution": manifest.batch.resolution,
         "rows": manifest.batch.rows,
-        "rank": manifest.lora.rank,
-        "trained_parameters": manifest.lora.flat_elements,
+        "method": manifest.tuned.method,
+        "rank": None if manifest.tuned.lora is None else manifest.tuned.lora.rank,
+        "intervals": manifest.tuned.intervals,
+        "trained_parameters": manifest.tuned.elements,
         "weights": manifest.weights.storage,
         "opset": manifest.opset,
         "graphs": roles,

@@ -1,8 +1,9 @@
-"""The LoRA of a bundle: its start values, and files that stock diffusers loads."""
+"""What a bundle trains: its start values, and result files, which are those of PyTorch's side; stock diffusers loads a LoRA."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from pocketune.headers import with_sorted_metadata
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.denoiser import Floats
 from pocketune_edge.errors import BundleError, LoraError
-from pocketune_edge.manifest import Lora
+from pocketune_edge.manifest import Lora, Parameter, Tuned
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+RESULTS = {"lora": Path("lora") / LORA_FILE, "scales": Path("scales/pocketune_scales.safetensors")}
+"""By method, the result in a RUN folder."""
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The values of a LoRA.
+    """The values of what trains.
 
     Attributes:
-        flat: the vector that the graphs take.
+        flat: the vectors that the graphs take, of all intervals.
         fixed: by name, the parameters that no loss depends on and that keep their start values.
     """
 
@@ -41,89 +44,104 @@ def start_values(bundle: Bundle) -> Adapter:
     Raises:
         BundleError: they do not fit its manifest.
     """
-    place = bundle.place(bundle.manifest.lora.initial)
-    if place.size > _MAX_HEADER_BYTES + 8 * sum(_elements(bundle.manifest.lora)):
+    place = bundle.place(bundle.manifest.tuned.initial)
+    if place.size > _MAX_HEADER_BYTES + 8 * sum(_elements(bundle.manifest.tuned)):
         msg = f"{bundle.path} has start values of an impossible size. Export the bundle again."
         raise BundleError(msg)
     try:
         tensors, _ = _parse(place.read())
-        return _adapter(bundle.manifest.lora, tensors)
+        return _adapter(bundle.manifest.tuned, tensors)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"the start values of {bundle.path} do not fit its manifest ({str(error)[:200]}). Export the bundle again."
         raise BundleError(msg) from error
 
 
-def save_lora(bundle: Bundle, adapter: Adapter, folder: Path) -> Path:
-    """Write `folder/pytorch_lora_weights.safetensors`, in the form of the bundle's start values, whole or not at all."""
-    _, metadata = _parse(bundle.read(bundle.manifest.lora.initial))
-    values = by_name(bundle.manifest.lora, adapter.flat) | adapter.fixed
-    tensors = {parameter.key: values[parameter.name] for parameter in bundle.manifest.lora.parameters}
-    path = folder / LORA_FILE
+def neutral(tuned: Tuned) -> Floats:
+    """The vectors of all intervals that change nothing: those of the base model."""
+    return np.full(tuned.elements, 1.0 if tuned.method == "scales" else 0.0, np.float32)
+
+
+def save_result(bundle: Bundle, adapter: Adapter, run: Path) -> Path:
+    """Write the result into a RUN folder, in the form of the bundle's start values, whole or not at all."""
+    _, metadata = _parse(bundle.read(bundle.manifest.tuned.initial))
+    values = by_name(bundle.manifest.tuned, adapter.flat) | adapter.fixed
+    tensors = {parameter.key: values[parameter.name] for parameter in bundle.manifest.tuned.parameters}
+    path = run / RESULTS[bundle.manifest.tuned.method]
     with replacing(path) as partial:
         partial.write_bytes(with_sorted_metadata(save(tensors, metadata)))
     return path
 
 
-def load_lora(bundle: Bundle, path: str | Path) -> Adapter:
-    """Read a LoRA file that belongs to the bundle's model and blocks.
+def load_result(bundle: Bundle, path: str | Path) -> Adapter:
+    """Read a result file that belongs to the bundle's model and blocks.
 
     Args:
         bundle: says which tensors there must be.
         path: a file, a folder that holds one, or a RUN folder.
 
     Raises:
-        LoraError: it is missing, damaged, or of other blocks, rank or strength than the bundle's.
+        LoraError: it is missing, damaged, or of other blocks, rank, strength or packed weights than the bundle's.
     """
-    file = _find(Path(path))
-    lora = bundle.manifest.lora
+    tuned = bundle.manifest.tuned
+    file = _find(Path(path), RESULTS[tuned.method])
     try:
         with safe_open(file, framework="np") as opened:  # the library checks the header before anything is read
             metadata = opened.metadata() or {}
-            keys = {parameter.key for parameter in lora.parameters}
+            keys = {parameter.key for parameter in tuned.parameters}
             strange = sorted(set(opened.keys()) - keys)
             if strange:
                 msg = f"it has {strange[0][:120]}, which the bundle does not train"
                 raise ValueError(msg)
             tensors = {key: opened.get_tensor(key) for key in sorted(keys)}
-        _check_strength(metadata, lora)
-        return _adapter(lora, tensors)
+        if tuned.lora is not None:
+            _check_strength(metadata, tuned.lora)
+        else:
+            _check_codes(metadata, _parse(bundle.read(tuned.initial))[1])
+        return _adapter(tuned, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        msg = f"the LoRA {file} does not fit the bundle {bundle.path} ({str(error)[:200]}). Use a LoRA trained with it."
+        msg = f"{file} does not fit the bundle {bundle.path} ({str(error)[:200]}). Use what was trained with it."
         raise LoraError(msg) from error
 
 
-def by_name(lora: Lora, flat: Floats) -> dict[str, Floats]:
-    """The parameters of the flat vector by their PyTorch names."""
+def by_name(tuned: Tuned, flat: Floats) -> dict[str, Floats]:
+    """The parameters of the vectors of all intervals by their PyTorch names."""
     values = {}
-    for parameter in lora.parameters:
-        if parameter.offset is not None:
-            stop = parameter.offset + parameter.shape[0] * parameter.shape[1]
-            values[parameter.name] = np.ascontiguousarray(flat[parameter.offset : stop].reshape(parameter.shape))
+    for parameter in tuned.parameters:
+        place = _place(tuned, parameter)
+        if place is not None:
+            values[parameter.name] = np.ascontiguousarray(flat[place].reshape(parameter.shape))
     return values
 
 
-def flatten(lora: Lora, values: dict[str, Floats]) -> Floats:
-    """The flat vector of parameters by name; those without an offset are passed over.
+def flatten(tuned: Tuned, values: dict[str, Floats]) -> Floats:
+    """The vectors of all intervals, of parameters by name; those without an offset are passed over.
 
     Raises:
         KeyError: a parameter is missing.
         ValueError: it has another shape.
     """
-    flat = np.empty(lora.flat_elements, np.float32)
-    for parameter in lora.parameters:
-        if parameter.offset is not None:
-            value = _checked(values[parameter.name], parameter.shape, parameter.name)
-            flat[parameter.offset : parameter.offset + value.size] = value.reshape(-1)
+    flat = np.empty(tuned.elements, np.float32)
+    for parameter in tuned.parameters:
+        place = _place(tuned, parameter)
+        if place is not None:
+            flat[place] = _checked(values[parameter.name], parameter.shape, parameter.name).reshape(-1)
     return flat
 
 
-def _adapter(lora: Lora, tensors: dict[str, Any]) -> Adapter:
-    values = {parameter.name: _checked(tensors[parameter.key], parameter.shape, parameter.key) for parameter in lora.parameters}
-    fixed = {parameter.name: values[parameter.name] for parameter in lora.parameters if parameter.offset is None}
-    return Adapter(flatten(lora, values), fixed)
+def _place(tuned: Tuned, parameter: Parameter) -> slice | None:
+    if parameter.offset is None:
+        return None
+    start = tuned.place(parameter.interval).start + parameter.offset
+    return slice(start, start + math.prod(parameter.shape))
 
 
-def _checked(value: Any, shape: tuple[int, int], name: str) -> Floats:
+def _adapter(tuned: Tuned, tensors: dict[str, Any]) -> Adapter:
+    values = {item.name: _checked(tensors[item.key], item.shape, item.key) for item in tuned.parameters}
+    fixed = {item.name: values[item.name] for item in tuned.parameters if item.offset is None}
+    return Adapter(flatten(tuned, values), fixed)
+
+
+def _checked(value: Any, shape: tuple[int, ...], name: str) -> Floats:
     if value.shape != shape or value.dtype not in (np.float32, np.float16):
         msg = f"{name} is {value.dtype} {value.shape}, expected float32 {shape}"
         raise ValueError(msg)
@@ -132,6 +150,14 @@ def _checked(value: Any, shape: tuple[int, int], name: str) -> Floats:
         msg = f"{name} holds infinity or NaN"
         raise ValueError(msg)
     return floats
+
+
+def _check_codes(metadata: dict[str, str], expected: dict[str, str]) -> None:
+    """Scales mean something for the codes alone that they were trained with."""
+    odd = [name for name, value in expected.items() if metadata.get(name) != value]
+    if odd:
+        msg = f"its {odd[0]} is {metadata.get(odd[0], 'not given')[:80]}, the bundle's {expected[odd[0]]}"
+        raise ValueError(msg)
 
 
 def _check_strength(metadata: dict[str, str], lora: Lora) -> None:
@@ -150,13 +176,14 @@ def _parse(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     return tensors, dict(header.get("__metadata__", {}))
 
 
-def _elements(lora: Lora) -> list[int]:
-    return [parameter.shape[0] * parameter.shape[1] for parameter in lora.parameters]
+def _elements(tuned: Tuned) -> list[int]:
+    return [math.prod(parameter.shape) for parameter in tuned.parameters]
 
 
-def _find(path: Path) -> Path:
-    for candidate in (path, path / LORA_FILE, path / "lora" / LORA_FILE):
+def _find(path: Path, result: Path) -> Path:
+    for candidate in (path, path / result.name, path / result):
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
-    msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE}."
+    what = "LoRA" if result.name == LORA_FILE else "scales"
+    msg = f"no {what} at {path}: expected a .safetensors file, or a folder (or RUN) that holds {result.name}."
     raise LoraError(msg)

@@ -11,7 +11,8 @@ from pocketune.errors import PlanError
 from pocketune.sampling.draws import Draw
 from pocketune_edge.batches import BatchMaker
 from pocketune_edge.cache import FeatureCache
-from pocketune_edge.denoiser import Denoiser, Floats, noisy
+from pocketune_edge.delta import neutral
+from pocketune_edge.denoiser import Denoiser, noisy
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.session import Array
 
@@ -105,7 +106,8 @@ def _features(
 ) -> Iterator[tuple[Sequence[Draw], list[dict[str, Array]]]]:
     """Of each batch: its draws, and the features of each draw."""
     inputs = [make_batch(draws) for draws in batches]
-    frozen: Floats = np.zeros(denoiser.manifest.lora.flat_elements, np.float32)
+    tuned = denoiser.manifest.tuned
+    frozen = neutral(tuned)[tuned.place(0)]
     parts = denoiser.begin(({**part, "noisy": noisy(part)} for batch in inputs for part in batch), repeat(frozen))
     found: list[dict[str, Array]] = [{} for _ in parts]
     position = 0

@@ -1,4 +1,4 @@
-"""The main job on a device: photos in, a LoRA out. Its phases run one after the other, each freeing what it used."""
+"""The main job on a device: photos in, a LoRA or scales out. Its phases run one after the other, each freeing what it used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pocketune.watch import Watch
 from pocketune_edge.batches import BatchMaker, encode_crops
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.cache import FeatureCache
-from pocketune_edge.delta import save_lora, start_values
+from pocketune_edge.delta import RESULTS, neutral, save_result, start_values
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.features import check_bound, key_of, precompute
 from pocketune_edge.sample import GROUP, render
@@ -106,7 +106,7 @@ class Job:
                     seeds=[self.settings.seed + number for number in missing],
                     steps=self.settings.sample_steps,
                     guidance=self.settings.guidance_scale,
-                    parameters=np.zeros(self.bundle.manifest.lora.flat_elements, np.float32),
+                    parameters=neutral(self.bundle.manifest.tuned),
                     on_step=lambda done, total: self.watch.tell("class images", done, total, "step"),
                 )
                 for number, image in zip(missing, images, strict=True):
@@ -163,7 +163,7 @@ class Job:
         cache: FeatureCache | None,
         checkpoints: CheckpointFolder,
     ) -> State:
-        """Train, and save the LoRA."""
+        """Train, and save the result."""
         began = time.process_time()
 
         def tell(done: int, total: int, loss: float) -> None:
@@ -184,10 +184,10 @@ class Job:
                 state=checkpoints.restore(start_values(self.bundle)),
                 on_step=tell,
             )
-            if not state.parameters.any() or np.array_equal(state.parameters, start_values(self.bundle).flat):
+            if np.array_equal(state.parameters, start_values(self.bundle).flat):
                 msg = "training changed nothing. Check the learning rate and the number of steps."
                 raise NoEffectError(msg)
-            save_lora(self.bundle, state.adapter, self.run / "lora")
+            save_result(self.bundle, state.adapter, self.run)
         return state
 
 
@@ -202,7 +202,7 @@ def personalize(
     threads: int | None = None,
     on_progress: OnProgress = ignore,
 ) -> dict[str, Any]:
-    """Train a LoRA of the subject in some photos.
+    """Train what the bundle trains, LoRA or scales, on the subject in some photos.
 
     Args:
         bundle: folder or archive written by `export-trainable`.
@@ -239,12 +239,14 @@ def personalize(
             prompts = job.encode_prompts()
             batches, make_batch = job.prepare_samples(pictures, job.make_class_images(), prompts)
             cache = job.fill_cache(batches, make_batch, hash_of({"run": identity, "bundle": _content(opened)}))
-            checkpoints = CheckpointFolder(run / "checkpoints", opened.manifest.lora, fingerprint=identity)
+            checkpoints = CheckpointFolder(run / "checkpoints", opened.manifest.tuned, fingerprint=identity)
             state = job.train(batches, make_batch, cache, checkpoints)
             record = {
                 "model": asdict(opened.manifest.model),
                 "recipe": recipe,
                 "streaming": streaming,
+                "method": opened.manifest.tuned.method,
+                "result": RESULTS[opened.manifest.tuned.method].as_posix(),
                 "weights": asdict(opened.manifest.weights),
                 "losses": state.losses,
                 "feature_cache_bytes": cache.size_bytes if cache else 0,

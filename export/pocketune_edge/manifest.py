@@ -11,29 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pocketune_edge.errors import BundleError
+from pocketune_edge.fields import SOME, BundlePath, Count, Digest, Fraction, Name, NotNegative, Positive, Share, Size
 from pocketune_edge.strict import Rule
-from pocketune_export.agreement import MAX_ELEMENTS, Role, path_fault
-
-
-@dataclass(frozen=True)
-class PathRule(Rule):
-    """A path inside the bundle on every system."""
-
-    def complaint(self, value: Any) -> str | None:
-        """Why a path is refused, or None."""
-        return path_fault(value)
-
-
-Count = Annotated[int, Rule(low=0, high=MAX_ELEMENTS)]
-Size = Annotated[int, Rule(low=1, high=MAX_ELEMENTS)]
-Digest = Annotated[str, Rule(pattern="[0-9a-f]{64}")]
-Name = Annotated[str, Rule(low=1, high=300)]
-BundlePath = Annotated[str, PathRule()]
-Positive = Annotated[float, Rule(above=0)]
-NotNegative = Annotated[float, Rule(low=0)]
-Fraction = Annotated[float, Rule(low=0, below=1)]
-Share = Annotated[float, Rule(above=0, below=1)]
-_SOME = Rule(low=1)
+from pocketune_export.agreement import Role
 
 
 @dataclass(frozen=True)
@@ -60,8 +40,8 @@ class Graph:
     role: Role
     block: Count | None
     parameters: tuple[Count, Count] | None
-    inputs: Annotated[tuple[TensorSpec, ...], _SOME]
-    outputs: Annotated[tuple[TensorSpec, ...], _SOME]
+    inputs: Annotated[tuple[TensorSpec, ...], SOME]
+    outputs: Annotated[tuple[TensorSpec, ...], SOME]
     weights: tuple[BundlePath, ...]
     weight_bytes: Count
     activation_bytes: Count
@@ -93,7 +73,7 @@ class Model:
     sha256: Digest
     note: str | None
     block_count: Size
-    streams: Annotated[tuple[Name, ...], _SOME]
+    streams: Annotated[tuple[Name, ...], SOME]
     zero_negative: bool = False
 
 
@@ -112,7 +92,7 @@ class Span:
 class Plan:
     """Which blocks train."""
 
-    spans: Annotated[tuple[Span, ...], _SOME]
+    spans: Annotated[tuple[Span, ...], SOME]
     use_residuals: bool
 
 
@@ -138,6 +118,7 @@ class Optimizer:
     beta1: Fraction
     beta2: Fraction
     learning_rate: Positive
+    in_learning_rate: Positive | None
     weight_decay: NotNegative
     epsilon: Positive
     max_grad_norm: Positive | None
@@ -166,25 +147,44 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One LoRA tensor."""
+    """One trained tensor."""
 
     name: Name
     key: Name
-    shape: tuple[Size, Size]
-    block: Count
+    shape: Annotated[tuple[Size, ...], Rule(low=1, high=2)]
+    interval: Count
+    block: Count | None
     offset: Count | None
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter."""
+    """Of LoRA matrices."""
 
     rank: Size
     alpha: Positive
     targets: tuple[Name, ...]
-    parameters: Annotated[tuple[Parameter, ...], _SOME]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What trains. Vectors of a run hold the flat vectors of all intervals, one after the other."""
+
+    method: Literal["lora", "scales"]
+    lora: Lora | None
+    intervals: Size
+    parameters: Annotated[tuple[Parameter, ...], SOME]
     flat_elements: Size
     initial: BundlePath
+
+    @property
+    def elements(self) -> int:
+        """Of all intervals."""
+        return self.intervals * self.flat_elements
+
+    def place(self, interval: int) -> slice:
+        """Where an interval lies in a vector of all."""
+        return slice(interval * self.flat_elements, (interval + 1) * self.flat_elements)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class TextEncoder:
     """A text encoder and its tokenizer."""
 
     number: Count
-    graphs: Annotated[tuple[Name, ...], _SOME]
+    graphs: Annotated[tuple[Name, ...], SOME]
     tokenizer: BundlePath
     tokens: Size
     pad_id: Count
@@ -203,8 +203,8 @@ class TextEncoder:
 class Vae:
     """The image encoder and decoder."""
 
-    encoder: Annotated[tuple[Name, ...], _SOME]
-    decoder: Annotated[tuple[Name, ...], _SOME]
+    encoder: Annotated[tuple[Name, ...], SOME]
+    decoder: Annotated[tuple[Name, ...], SOME]
     scaling_factor: float
     shift_factor: float
     downscale: Size
@@ -250,14 +250,14 @@ class Manifest:
     plan: Plan
     batch: Batch
     weights: Weights
-    lora: Lora
+    tuned: Tuned
     optimizer: Optimizer
     noise_schedule: NoiseSchedule
     text_encoders: tuple[TextEncoder, ...]
     vae: Vae
     memory: Memory
-    graphs: Annotated[tuple[Graph, ...], _SOME]
-    files: Annotated[tuple[File, ...], _SOME]
+    graphs: Annotated[tuple[Graph, ...], SOME]
+    files: Annotated[tuple[File, ...], SOME]
     schema_minor: Count = 0
 
     @property

@@ -53,5 +53,5 @@ def read_manifest(content: bytes, where: str) -> Manifest:
 
 def _faults(manifest: Any) -> list[str]:
     """What contradicts itself, by the exporter's own rules, which read attributes only."""
-    faults = [*plan_faults(manifest), *parameter_faults(manifest.lora), *graph_faults(manifest)]
+    faults = [*plan_faults(manifest), *parameter_faults(manifest.tuned), *graph_faults(manifest)]
     return faults + [fault for graph in manifest.graphs for fault in tensor_faults(graph)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from pocketune.sampling.intervals import interval_of
 from pocketune.sampling.philox import Stream, normals
 from pocketune_edge.denoiser import Denoiser, Floats
 from pocketune_edge.noise import sampler_of
@@ -39,7 +40,7 @@ def render(
         seeds: of the start noise, one a prompt.
         steps: of the sampler.
         guidance: scale; 1 or less turns guidance off, as in diffusers.
-        parameters: the flat vector of the LoRA; zeros for the base model.
+        parameters: the vectors of what was trained, of all intervals; `neutral` for the base model.
         on_step: called with (done, total) sampler steps of all images.
     """
     encoded = encode_prompts(sessions, prompts)
@@ -85,7 +86,7 @@ def denoise(
         negative: what guidance leads away from; None turns it off.
         steps: of the sampler.
         guidance: scale.
-        parameters: the flat vector of the LoRA.
+        parameters: the vectors of all intervals.
         on_step: called with the number of finished steps.
     """
     sampler = sampler_of(denoiser.manifest.noise_schedule, steps)
@@ -132,5 +133,7 @@ def _predictions(
                 **stack([prompts[number] for number in numbers]),
             }
         )
-    found = denoiser.predict(batches, parameters)
+    tuned = denoiser.manifest.tuned
+    interval = interval_of(float(timestep), tuned.intervals)
+    found = denoiser.predict(batches, parameters[tuned.place(interval)])
     return [part[row : row + 1] for part in found for row in range(denoiser.rows)][: len(rows)]

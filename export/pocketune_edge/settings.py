@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pocketune_edge.errors import BundleError, SettingError
-from pocketune_edge.manifest import Manifest, NotNegative, Positive
+from pocketune_edge.fields import NotNegative, Positive
+from pocketune_edge.manifest import Manifest
 from pocketune_edge.strict import MisfitError, Rule, read
 from pocketune_export.agreement import SCHEMA_MINOR
 
@@ -19,6 +20,7 @@ CHANGEABLE = (
     "steps",
     "seed",
     "learning_rate",
+    "scale_learning_rate",
     "zo_learning_rate",
     "batch_size",
     "checkpoint_every",
@@ -27,6 +29,9 @@ CHANGEABLE = (
     "guidance_scale",
 )
 """Settings that are not fixed in a bundle's graphs."""
+
+RATES = frozenset({"learning_rate", "scale_learning_rate", "zo_learning_rate"})
+"""Of which one has an effect on the steps of a bundle."""
 
 _Count = Annotated[int, Rule(low=1)]
 
@@ -58,6 +63,8 @@ class Settings:
     sample_steps: _Count
     guidance_scale: NotNegative
     gradient: Literal["backprop", "zeroth_order"]
+    scale_learning_rate: Positive
+    scale_in_learning_rate: Positive
     zo_learning_rate: Positive
     zo_epsilon: Positive
     zo_queries: _Count
@@ -96,9 +103,11 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
     if fixed:
         msg = f"{', '.join(fixed)} cannot change on the device. Export a bundle with the wanted recipe."
         raise SettingError(msg)
-    inert = "zo_learning_rate" if manifest.recipe.get("gradient") == "backprop" else "learning_rate"
-    if inert in given:
-        msg = f"{inert} has no effect on the steps of this bundle. Leave it out, or export a bundle with another gradient."
+    effective = "learning_rate" if manifest.tuned.method == "lora" else "scale_learning_rate"
+    effective = effective if manifest.recipe.get("gradient", "backprop") == "backprop" else "zo_learning_rate"
+    inert = sorted(set(given) & RATES - {effective})
+    if inert:
+        msg = f"{inert[0]} has no effect on the steps of this bundle. Leave it out, or export a bundle with another gradient."
         raise SettingError(msg)
     recipe = manifest.recipe | given
     try:

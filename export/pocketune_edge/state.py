@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from pocketune.atomic import replacing
 from pocketune.errors import RunError
 from pocketune_edge.delta import Adapter, by_name, flatten
 from pocketune_edge.denoiser import Floats
-from pocketune_edge.manifest import Lora
+from pocketune_edge.manifest import Tuned
 
 KEEP = 2
 
@@ -24,12 +24,12 @@ class State:
     """Where a training stands.
 
     Attributes:
-        parameters: flat vector.
-        exp_avg: AdamW's first moments, flat.
-        exp_avg_sq: AdamW's second moments, flat.
+        parameters: vectors of all intervals.
+        exp_avg: AdamW's first moments, likewise.
+        exp_avg_sq: AdamW's second moments, likewise.
         losses: of each finished optimizer step.
         fixed: by name, parameters that never change.
-        updates: how often AdamW updated the parameters; steps of plain descent do not count.
+        updates: how often AdamW updated the parameters of each interval; steps of plain descent do not count.
     """
 
     parameters: Floats
@@ -37,7 +37,7 @@ class State:
     exp_avg_sq: Floats
     losses: tuple[float, ...]
     fixed: dict[str, Floats]
-    updates: int
+    updates: tuple[int, ...]
 
     @property
     def step(self) -> int:
@@ -49,16 +49,14 @@ class State:
         """The LoRA as it is now."""
         return Adapter(self.parameters, self.fixed)
 
-    def after(self, loss: float, parameters: Floats, moments: tuple[Floats, Floats] | None = None) -> State:
-        """The state after one more step; `moments` are those of AdamW, where it took the step."""
-        updates = self.updates + (moments is not None)
-        exp_avg, exp_avg_sq = moments or (self.exp_avg, self.exp_avg_sq)
-        return State(parameters, exp_avg, exp_avg_sq, (*self.losses, loss), self.fixed, updates)
+    def after(self, loss: float, parameters: Floats) -> State:
+        """The state after a step of plain descent."""
+        return replace(self, parameters=parameters, losses=(*self.losses, loss))
 
 
-def fresh_state(adapter: Adapter) -> State:
+def fresh_state(adapter: Adapter, *, intervals: int = 1) -> State:
     """The state before the first step."""
-    return State(adapter.flat, *_no_moments(adapter.flat.size), (), adapter.fixed, 0)
+    return State(adapter.flat, *_no_moments(adapter.flat.size), (), adapter.fixed, (0,) * intervals)
 
 
 def _no_moments(elements: int) -> tuple[Floats, Floats]:
@@ -69,18 +67,21 @@ def _no_moments(elements: int) -> tuple[Floats, Floats]:
 class CheckpointFolder:
     """`step-NNNNNN.safetensors` files, laid out as `pocketune.checkpoint` does; the newest two are kept."""
 
-    def __init__(self, folder: Path, lora: Lora, *, fingerprint: str) -> None:
+    def __init__(self, folder: Path, tuned: Tuned, *, fingerprint: str) -> None:
         """Use a folder; it is created at the first save."""
         self.folder = folder
-        self._lora = lora
+        self._tuned = tuned
         self._fingerprint = fingerprint
 
     def save(self, state: State) -> Path:
         """Write a checkpoint and remove the oldest beyond two."""
         tensors = {f"parameter.{name}": value for name, value in state.fixed.items()}
-        for kind, flat in (("parameter", state.parameters), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-            if kind == "parameter" or state.updates:
-                tensors |= {f"{kind}.{name}": value for name, value in by_name(self._lora, flat).items()}
+        tensors |= {f"parameter.{name}": value for name, value in by_name(self._tuned, state.parameters).items()}
+        updates = self._updates(state.updates)
+        for kind, flat in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            tensors |= {f"{kind}.{name}": value for name, value in by_name(self._tuned, flat).items() if updates[name]}
+        counts = {name: count for name, count in updates.items() if count not in (0, state.step)}
+        tensors |= {f"updates.{name}": np.array(count, np.float32) for name, count in counts.items()}
         metadata = {"step": str(state.step), "losses": json.dumps(state.losses), "fingerprint": self._fingerprint}
         path = self.folder / f"step-{state.step:06d}.safetensors"
         with replacing(path) as partial:
@@ -97,7 +98,7 @@ class CheckpointFolder:
         """
         found = self._all()
         if not found:
-            return fresh_state(start)
+            return fresh_state(start, intervals=self._tuned.intervals)
         try:
             with safe_open(found[-1], framework="np") as file:
                 metadata = file.metadata() or {}
@@ -115,16 +116,26 @@ class CheckpointFolder:
         if int(metadata["step"]) != len(losses):
             msg = f"it says step {metadata['step']} but has {len(losses)} losses"
             raise ValueError(msg)
-        groups: dict[str, dict[str, Floats]] = {"parameter": {}, "exp_avg": {}, "exp_avg_sq": {}}
+        groups: dict[str, dict[str, Floats]] = {"parameter": {}, "exp_avg": {}, "exp_avg_sq": {}, "updates": {}}
         for key, value in tensors.items():
             kind, name = key.split(".", 1)
             groups[kind][name] = value
-        parameters = flatten(self._lora, groups["parameter"])
+        updates = [0] * self._tuned.intervals
+        for item in self._tuned.parameters:
+            if item.name in groups["exp_avg"]:
+                updates[item.interval] = int(groups["updates"].get(item.name, np.float32(len(losses))))
+        parameters = flatten(self._tuned, groups["parameter"])
         moments = _no_moments(parameters.size)
-        if groups["exp_avg"]:
-            moments = flatten(self._lora, groups["exp_avg"]), flatten(self._lora, groups["exp_avg_sq"])
-        fixed = {item.name: groups["parameter"][item.name] for item in self._lora.parameters if item.offset is None}
-        return State(parameters, *moments, losses, fixed, len(losses) if groups["exp_avg"] else 0)
+        if any(updates):
+            without = (item for item in self._tuned.parameters if not updates[item.interval])
+            never = {item.name: np.zeros(item.shape, np.float32) for item in without}
+            moments = flatten(self._tuned, groups["exp_avg"] | never), flatten(self._tuned, groups["exp_avg_sq"] | never)
+        fixed = {item.name: groups["parameter"][item.name] for item in self._tuned.parameters if item.offset is None}
+        return State(parameters, *moments, losses, fixed, tuple(updates))
+
+    def _updates(self, updates: tuple[int, ...]) -> dict[str, int]:
+        """By name, how often AdamW updated a parameter."""
+        return {item.name: updates[item.interval] for item in self._tuned.parameters}
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"))

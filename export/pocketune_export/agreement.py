@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from pocketune_export.graphspec import Graph
-    from pocketune_export.manifest import Lora, Manifest
+    from pocketune_export.manifest import Manifest, Tuned
 
 SCHEMA_VERSION: Final = 1
 """Others are not read."""
@@ -79,18 +79,21 @@ def plan_faults(manifest: Manifest) -> Iterable[str]:
         yield "the batch's rows are not its photos and class images"
 
 
-def parameter_faults(lora: Lora) -> Iterable[str]:
-    """The flat vector has no gaps."""
-    position = 0
-    for parameter in lora.parameters:
-        if parameter.offset is None:
-            continue
-        if parameter.offset != position:
-            yield f"the parameter {parameter.name} is at {parameter.offset}, expected {position}"
-        position += parameter.shape[0] * parameter.shape[1]
-    if position != lora.flat_elements:
-        yield f"the flat vector claims {lora.flat_elements} elements, its parameters have {position}"
-    if len({parameter.name for parameter in lora.parameters}) != len(lora.parameters):
+def parameter_faults(tuned: Tuned) -> Iterable[str]:
+    """The flat vectors have no gaps, and there is one for each interval."""
+    if (tuned.lora is None) == (tuned.method == "lora") or (tuned.method == "lora" and tuned.intervals != 1):
+        yield f"the method {tuned.method} does not fit its settings and intervals"
+    positions = [0] * min(tuned.intervals, len(tuned.parameters))
+    for parameter in tuned.parameters:
+        if parameter.interval >= len(positions):
+            yield f"the parameter {parameter.name} is of interval {parameter.interval} of {tuned.intervals}"
+        elif parameter.offset is not None:
+            if parameter.offset != positions[parameter.interval]:
+                yield f"the parameter {parameter.name} is at {parameter.offset}, expected {positions[parameter.interval]}"
+            positions[parameter.interval] += math.prod(parameter.shape)
+    if len(positions) < tuned.intervals or set(positions) != {tuned.flat_elements}:
+        yield f"a flat vector claims {tuned.flat_elements} elements, its parameters have {positions[0]}"
+    if len({parameter.name for parameter in tuned.parameters}) != len(tuned.parameters):
         yield "two parameters have one name"
 
 
@@ -109,7 +112,7 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
     paths = [file.path for file in manifest.files]
     if len({path.lower() for path in paths}) != len(paths):
         yield "two files have one path"
-    named = [manifest.lora.initial, *(encoder.tokenizer for encoder in manifest.text_encoders)]
+    named = [manifest.tuned.initial, *(encoder.tokenizer for encoder in manifest.text_encoders)]
     named += [path for graph in manifest.graphs for path in (graph.file, *graph.weights)]
     missing = set(named) - set(paths)
     if missing:
@@ -127,8 +130,8 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
         yield f"the graph {min(unknown)} is used but not there"
     for graph in manifest.graphs:
         start, stop = graph.parameters or (0, 0)
-        if start > stop or stop > manifest.lora.flat_elements:
-            yield f"graph {graph.name} takes parameters {start} to {stop} of {manifest.lora.flat_elements}"
+        if start > stop or stop > manifest.tuned.flat_elements:
+            yield f"graph {graph.name} takes parameters {start} to {stop} of {manifest.tuned.flat_elements}"
         for spec in (*graph.inputs, *graph.outputs):
             if spec.name in _FLAT and spec.shape != (stop - start,):
                 yield f"graph {graph.name}: {spec.name} has shape {spec.shape}, expected ({stop - start},)"

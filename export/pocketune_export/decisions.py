@@ -19,7 +19,7 @@ def check_exportable(recipe: Recipe) -> None:
         RecipeError: with the reason.
     """
     reasons = {
-        "method": (recipe.method != "lora", "its graphs train LoRA"),
+        "method": (recipe.method == "token", "its graphs train the denoiser"),
         "timestep_low": (recipe.timestep_low != 0, "devices draw from all timesteps"),
         "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
         "gradient": (recipe.gradient == "mixed", "its graphs have one resolution"),
@@ -35,6 +35,9 @@ def check_exportable(recipe: Recipe) -> None:
 def optimizer_of(recipe: Recipe) -> m.Optimizer:
     """What takes the steps, as `pocketune.train` sets it up."""
     rate, decay, epsilon, clipped = recipe.learning_rate, recipe.weight_decay, EPSILON, True
+    in_rate = None
+    if recipe.method == "scales" and recipe.gradient == "backprop":
+        rate, in_rate, decay = recipe.scale_learning_rate, recipe.scale_in_learning_rate, 0.0
     if recipe.gradient == "zeroth_order":
         rate, clipped = recipe.zo_learning_rate, False
     if recipe.zo_optimizer == "adam":
@@ -44,6 +47,7 @@ def optimizer_of(recipe: Recipe) -> m.Optimizer:
         beta1=BETA1,
         beta2=BETA2,
         learning_rate=rate,
+        in_learning_rate=in_rate if recipe.scale_inputs else None,
         weight_decay=decay,
         epsilon=epsilon,
         max_grad_norm=recipe.max_grad_norm if clipped else None,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from pocketune_export.agreement import Role
 from pocketune_export.capture import Capture, capture, with_weights
 from pocketune_export.graphspec import TensorSpec
 from pocketune_export.layout import Layout, layout_of, without_gradient, without_use
-from pocketune_export.step_inputs import Sizes, batch_inputs, prompt_of
+from pocketune_export.step_inputs import Sizes, batch_inputs, batch_of, prompt_of
 from pocketune_export.streams import CONTEXT_MEANINGS, by_name, context_by_name, context_of, place_of, stream_name
 from pocketune_export.training import (
     MEANINGS,
@@ -27,9 +26,12 @@ from pocketune_export.training import (
     loss_alone,
     optimizer_inputs,
     parameter_input,
+    part_input,
     spec,
     train_step,
+    values_of,
 )
+from pocketune_export.tuned import take_out
 from pocketune_export.writer import Traced
 
 
@@ -42,8 +44,8 @@ class DenoiserGraphs:
         """Decide the layout of the parameters.
 
         Args:
-            adapter: with its LoRA; its weights may lie on the meta device. LoRA that the loss does not depend on is taken out.
-            parameters: the LoRA matrices by name.
+            adapter: with what trains; its weights may lie on the meta device. What the loss does not depend on is taken out.
+            parameters: what trains, by name.
             plan: what is skipped.
             recipe: loss settings, and whether residuals are used.
             sizes: of every graph.
@@ -53,15 +55,15 @@ class DenoiserGraphs:
         self._plan = plan
         self._recipe = recipe
         self._sizes = sizes
+        self.layout = layout_of(parameters)
         self._embed = self._capture_embed()
         self._context_inputs = tuple(out for out in self._embed.outputs if out.name in CONTEXT_MEANINGS)
-        self.layout = layout_of(parameters)
         self._entering: list[dict[str, TensorSpec]] = []
         self._blocks = self._capture_forwards()
         untouched = without_gradient if self._backpropagates else without_use
         self.untouched = untouched(self._model, parameters, self._loss_of_nothing)
         self.layout = layout_of(parameters, without=self.untouched)
-        _unwrap(self._model, self.untouched)
+        take_out(self._model, self.untouched)
         for index in self._plan.kept:
             if any(name.startswith(adapter.block_name(index) + ".") for name in self.untouched):
                 self._blocks[index] = self._capture_forward(index)
@@ -98,13 +100,16 @@ class DenoiserGraphs:
 
     def trace(self) -> Iterator[Traced]:
         """Capture every graph, blocks in order, so that weight files are written in the order of use."""
-        yield Traced("embed", "embed", None, None, self._embed)
+        yield Traced("embed", "embed", None, self._outer(before=True)[1], self._embed)
         for index, forward in enumerate(self._blocks):
             yield Traced(f"block-{index:02d}.forward", "block_forward", index, self._slice(index), forward)
-        yield Traced("head", "head", None, None, self._capture_head())
-        yield Traced("head_loss", "head_loss", None, None, self._capture_head_loss())
+        of_head = self._outer(before=False)[1]
+        yield Traced("head", "head", None, of_head, self._capture_head())
         whole = (0, self.layout.elements)
-        if self._backpropagates:
+        outside = of_head is not None or self._outer(before=True)[1] is not None
+        if not (self._backpropagates and outside):  # gradients of embedding and head have no graphs of their own
+            yield Traced("head_loss", "head_loss", None, of_head, self._capture_head_loss())
+        if self._backpropagates and not outside:
             yield from self._trace_vjps()
         if self._backpropagates or self._recipe.zo_optimizer == "adam":
             yield Traced("adamw", "adamw", None, whole, self._capture_adamw())
@@ -112,18 +117,23 @@ class DenoiserGraphs:
         yield Traced(step, step, None, whole, self._capture_step())
 
     def _capture_embed(self) -> Capture:
+        part, _ = self._outer(before=True)
+
         def embed(given: Named) -> dict[str, Tensor]:
             prompt = prompt_of(given)
-            context = self._adapter.context(given["noisy"], given["timesteps"], prompt)
-            return context_by_name(context) | by_name(self._adapter, self._adapter.embed(given["noisy"], prompt))
+
+            def embedded() -> dict[str, Tensor]:
+                context = self._adapter.context(given["noisy"], given["timesteps"], prompt)
+                return context_by_name(context) | by_name(self._adapter, self._adapter.embed(given["noisy"], prompt))
+
+            return with_weights(self._model, values_of(part, given), embedded)
 
         names = (stream_name(self._adapter, place) for place in range(len(self._adapter.stream_names) + 1))
         meanings = CONTEXT_MEANINGS | {name: f"the {name} stream that enters block 0" for name in names}
         sample = batch_inputs(self._sizes)
         noisy = spec("noisy", sample["latents"].shape, "alpha latents + sigma noise")
-        names_taken = ("timesteps", "prompt_hidden", "prompt_pooled", "prompt_sizes")
-        taken = (sample[name] for name in names_taken if name in sample)
-        return capture(self._model, embed, (noisy, *taken), meanings)
+        taken = (sample[name] for name in ("timesteps", "prompt_hidden", "prompt_pooled", "prompt_sizes") if name in sample)
+        return capture(self._model, embed, (noisy, *taken, *part_input(part)), meanings)
 
     def _capture_forwards(self) -> list[Capture]:
         """The forward graph of each block, with its LoRA; on the way, what enters each block and the head is noted."""
@@ -146,11 +156,11 @@ class DenoiserGraphs:
         entering = self._entering[index]
 
         def forward(given: Named) -> dict[str, Tensor]:
-            return self._run_block(index, given, part.split(given["parameters"]) if part.slots else {})
+            return self._run_block(index, given, values_of(part, given))
 
         names = (stream_name(self._adapter, place) for place in range(len(entering) + 2))
         meanings = {f"new_{name}": f"the {name} stream that leaves block {index}" for name in names}
-        return capture(self._model, forward, (*entering.values(), *self._context_inputs, *_parameter_input(part)), meanings)
+        return capture(self._model, forward, (*entering.values(), *self._context_inputs, *part_input(part)), meanings)
 
     def _run_block(self, index: int, given: Named, values: Named) -> dict[str, Tensor]:
         """Run a block; the streams that it makes, without those that pass it by."""
@@ -208,23 +218,22 @@ class DenoiserGraphs:
             results = {name: found[name] for name in wanted if found[name] is not None}
             return results | ({"gradients": part.join(found)} if values else {})
 
-        inputs = (*self._entering[index].values(), *self._context_inputs, *_parameter_input(part))
+        inputs = (*self._entering[index].values(), *self._context_inputs, *part_input(part))
         given = [spec(f"grad_{name}", out.shape, f"of the loss, for the leaving {name[4:]}") for name, out in outs.items()]
         meanings = {f"grad_{name}": f"of the loss, for the entering {name}" for name in entering}
         return capture(self._model, backward, (*inputs, *given), meanings | MEANINGS)
 
     def _capture_head(self) -> Capture:
         def head(given: Named) -> dict[str, Tensor]:
-            return {"prediction": self._adapter.head((given["image"],), self._context(given))}
+            return {"prediction": self._run_head(given["image"], given)}
 
-        return capture(
-            self._model, head, self._head_inputs(), {"prediction": f"the denoiser's output: {self._sizes.objective}"}
-        )
+        meanings = {"prediction": f"the denoiser's output: {self._sizes.objective}"}
+        return capture(self._model, head, self._head_inputs(), meanings)
 
     def _capture_head_loss(self) -> Capture:
         def head_loss(given: Named) -> dict[str, Tensor]:
             image = given["image"].detach().requires_grad_()
-            loss = output_loss(self._adapter.head((image,), self._context(given)), self._recipe, self._batch(given))
+            loss = output_loss(self._run_head(image, given), self._recipe, self._batch(given))
             if not self._backpropagates:
                 return {"loss": loss}
             return {"loss": loss, "grad_image": torch.autograd.grad(loss, [image])[0]}
@@ -234,9 +243,17 @@ class DenoiserGraphs:
         meanings = MEANINGS | {"grad_image": "of the loss, for the image stream"}
         return capture(self._model, head_loss, (*self._head_inputs(), *taken), meanings)
 
+    def _run_head(self, image: Tensor, given: Named) -> Tensor:
+        values = values_of(self._outer(before=False)[0], given)
+        return with_weights(self._model, values, lambda: self._adapter.head((image,), self._context(given)))
+
     def _capture_adamw(self) -> Capture:
         gradients = spec("gradients", (self.layout.elements,), MEANINGS["gradients"])
-        return capture(nn.Module(), adamw, (*optimizer_inputs(self.layout.elements), gradients), MEANINGS)
+        return capture(nn.Module(), adamw, (*self._optimizer_inputs(), gradients), MEANINGS)
+
+    def _optimizer_inputs(self) -> tuple[TensorSpec, ...]:
+        own_rates = self._recipe.method == "scales" and self._backpropagates
+        return optimizer_inputs(self.layout.elements, own_rates=own_rates)
 
     def _capture_step(self) -> Capture:
         def loss(given: Named) -> Tensor:
@@ -244,11 +261,9 @@ class DenoiserGraphs:
 
         features = [feature for span in self._plan.spans for feature in self.features(span)]
         taken = (*batch_inputs(self._sizes).values(), *features)
-        if not self._backpropagates:
-            inputs = (parameter_input(self.layout.elements), *taken)
-            return capture(self._model, loss_alone(self._model, self.layout, loss), inputs, MEANINGS)
-        inputs = (*optimizer_inputs(self.layout.elements), *taken)
-        return capture(self._model, train_step(self._model, self.layout, loss), inputs, MEANINGS)
+        make = train_step if self._backpropagates else loss_alone
+        given = self._optimizer_inputs() if self._backpropagates else (parameter_input(self.layout.elements),)
+        return capture(self._model, make(self._model, self.layout, loss), (*given, *taken), MEANINGS)
 
     def _loss_of_nothing(self) -> Tensor:
         inputs = [*batch_inputs(self._sizes).values(), *(out for span in self._plan.spans for out in self.features(span))]
@@ -260,17 +275,7 @@ class DenoiserGraphs:
         features: dict[Span, Streams] = {}
         for span in self._plan.skipped_spans:
             features[span] = tuple(given[out.name] for out in self.features(span) if out.name in given)
-        return Batch(
-            latents=given["latents"],
-            noise=given["noise"],
-            timesteps=given.get("timesteps", torch.empty(0)),
-            sigmas=given["sigmas"],
-            alphas=given.get("alphas"),
-            objective=self._sizes.objective,
-            prompt=prompt_of(given),
-            loss_weights=given["loss_weights"],
-            features=features if self._recipe.use_residuals else {},
-        )
+        return batch_of(given, self._sizes, features if self._recipe.use_residuals else {})
 
     def _context(self, given: Named) -> Context:
         return context_of(given, height=self._sizes.latents[1], width=self._sizes.latents[2])
@@ -279,22 +284,17 @@ class DenoiserGraphs:
         part, start, stop = self.layout.part(self._adapter.block_name(index))
         return (start, stop) if part.slots else None
 
+    def _outer(self, *, before: bool) -> tuple[Layout, tuple[int, int] | None]:
+        """What trains before the blocks or behind them, and its slice, if anything does."""
+        names = [f"{self._adapter.block_name(index)}." for index in range(self._adapter.block_count)]
+        part, start, stop = self.layout.beside(names, before=before)
+        return part, (start, stop) if part.slots else None
+
     def _head_inputs(self) -> tuple[TensorSpec, ...]:
-        image = self._entering[-1]["image"]
-        return spec("image", image.shape, "the image stream that leaves the last block"), *self._context_inputs
+        image, (part, _) = self._entering[-1]["image"], self._outer(before=False)
+        streams = spec("image", image.shape, "the image stream that leaves the last block"), *self._context_inputs
+        return (*streams, *part_input(part))
 
 
 def _feature_prefix(span: Span) -> str:
     return f"features_{span.start}_{span.stop}_"
-
-
-def _unwrap(model: nn.Module, names: Iterable[str]) -> None:
-    """Take the LoRA with these matrices out of a model: it stays as it started, which changes nothing."""
-    for layer in {re.split(r"\.lora_[AB]\.", name)[0] for name in names}:
-        owner, _, leaf = layer.rpartition(".")
-        wrapped: nn.Module = model.get_submodule(layer)
-        setattr(model.get_submodule(owner), leaf, wrapped.get_submodule("base_layer"))
-
-
-def _parameter_input(part: Layout) -> tuple[TensorSpec, ...]:
-    return (spec("parameters", (part.elements,), "LoRA matrices of this block, flat"),) if part.slots else ()

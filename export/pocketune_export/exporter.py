@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,15 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
-from pocketune.delta import LORA_FILE, save_lora
 from pocketune.errors import ModelError, PlanError
 from pocketune.memory import read_memory
-from pocketune.methods.lora import ADAPTER, add_lora, start_values
 from pocketune.models import mmdit, unet
-from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.select import selection_of
@@ -37,10 +32,10 @@ from pocketune_export.quantize import Storage
 from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
 from pocketune_export.sources import DenoiserWeights
 from pocketune_export.step_inputs import Sizes
-from pocketune_export.writer import BundleWriter, Component, Described, Traced, with_sorted_header
+from pocketune_export.tuned import attach, describe, packing_of
+from pocketune_export.writer import BundleWriter, Component, Described, Traced
 
 EXPORTABLE = (mmdit.FAMILY, unet.SD, unet.SDXL)
-LORA_PATH = f"lora/{LORA_FILE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +188,11 @@ class _Export:
     ) -> Described:
         recipe, plan = self._recipe, self._plan
         adapter = self._folder.empty_denoiser()
-        targets = recipe.lora_targets or adapter.default_lora_targets
-        parameters = self._lora(adapter, targets)
+        packing = packing_of(adapter.model, recipe)
+        weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
+        trained = attach(adapter, plan, recipe, weights=weights, packing=packing)
+        for writer in self._writers:
+            writer.add_file(trained.path, trained.content)
         batch = m.Batch(
             rows=recipe.batch_size + self._class_images,
             photos=recipe.batch_size,
@@ -207,9 +205,8 @@ class _Export:
         )
         takes_sizes = self._folder.family.takes_sizes
         sizes = Sizes(batch.rows, self._latents, text.tokens, text.width, text.pooled, schedule.objective, takes_sizes)
-        graphs = DenoiserGraphs(adapter, parameters, plan, recipe, sizes)
-        weights = DenoiserWeights(self._folder.denoiser_files(), adapter.model)
-        component = Component(f"{self._folder.family.component}.", weights, "weights/denoiser.bin")
+        graphs = DenoiserGraphs(adapter, trained.parameters, plan, recipe, sizes)
+        component = Component(f"{self._folder.family.component}.", weights, "weights/denoiser.bin", packing)
         for traced in graphs.trace():
             for piece in traced.pieces():
                 self._add(piece, component)
@@ -226,31 +223,12 @@ class _Export:
             recipe=recipe.model_dump(mode="json"),
             plan=m.Plan(spans=tuple(_describe_spans(plan, graphs)), use_residuals=recipe.use_residuals),
             batch=batch,
-            lora=m.Lora(
-                rank=recipe.rank,
-                alpha=float(recipe.rank),
-                targets=targets,
-                parameters=tuple(_describe_parameters(adapter, graphs, parameters, component.prefix)),
-                flat_elements=graphs.layout.elements,
-                initial=LORA_PATH,
-            ),
+            tuned=describe(trained, adapter, graphs.layout, recipe, prefix=component.prefix),
             optimizer=optimizer_of(recipe),
             noise_schedule=schedule,
             text_encoders=encoders,
             vae=vae,
         )
-
-    def _lora(self, adapter: DenoiserAdapter, targets: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Give the empty denoiser its LoRA, with real start values, and write them as a LoRA file."""
-        recipe = self._recipe
-        parameters = add_lora(adapter, blocks=self._plan.kept, rank=recipe.rank, targets=targets, seed=recipe.seed)
-        for name, value in start_values(parameters, rank=recipe.rank, seed=recipe.seed).items():
-            set_module_tensor_to_device(adapter.model, name, "cpu", value=value)
-        with tempfile.TemporaryDirectory() as scratch:
-            content = with_sorted_header(save_lora(adapter, Path(scratch)).read_bytes())
-        for writer in self._writers:
-            writer.add_file(LORA_PATH, content)
-        return {name: adapter.model.get_parameter(name) for name in parameters}
 
     def _add_parts(self, part: Part, role: Role, *, first: int = 0) -> tuple[str, ...]:
         """Add a component in parts that run one after the other; the names of their graphs."""
@@ -274,20 +252,6 @@ def _describe_spans(plan: BlockPlan, graphs: DenoiserGraphs) -> Iterator[m.Span]
         features = tuple(feature.name for feature in graphs.features(span))
         replaces = bool(features) and graphs.replaces(span)
         yield m.Span(start=span.start, stop=span.stop, skipped=span.skipped, features=features, replaces=replaces)
-
-
-def _describe_parameters(
-    adapter: DenoiserAdapter, graphs: DenoiserGraphs, parameters: dict[str, nn.Parameter], prefix: str
-) -> Iterator[m.Parameter]:
-    starts = {slot.name: slot.start for slot in graphs.layout.slots}
-    for name, parameter in parameters.items():
-        key = prefix + name.replace(f".{ADAPTER}.", ".")
-        shape = (parameter.shape[0], parameter.shape[1])
-        yield m.Parameter(name=name, key=key, shape=shape, block=_block_of(adapter, name), offset=starts.get(name))
-
-
-def _block_of(adapter: DenoiserAdapter, name: str) -> int:
-    return next(index for index in range(adapter.block_count) if name.startswith(adapter.block_name(index) + "."))
 
 
 def _no_weight(name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the LoRA matrices lie in the one flat vector that exported graphs take and return."""
+"""How what trains lies in the one flat vector that exported graphs take and return."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ class Layout:
         """A flat vector of values by name."""
         return torch.cat([values[slot.name].reshape(-1) for slot in self.slots])
 
+    def beside(self, prefixes: Sequence[str], *, before: bool) -> tuple[Layout, int, int]:
+        """The layout of what lies before, or behind, all parameters with some prefixes; results as of `part`."""
+        inside = [place for place, slot in enumerate(self.slots) if slot.name.startswith(tuple(prefixes))]
+        if not inside:
+            return Layout(()), 0, 0
+        return _moved(self.slots[: inside[0]] if before else self.slots[inside[-1] + 1 :])
+
     def part(self, prefix: str) -> tuple[Layout, int, int]:
         """The layout of one block alone, starting at 0, and its slice [start, stop) of the whole vector.
 
@@ -62,7 +69,15 @@ class Layout:
         if sum(slot.stop - slot.start for slot in chosen) != stop - start:
             msg = f"the parameters of {prefix} are not neighbours in the model. Please report this model."
             raise PlanError(msg)
-        return Layout(tuple(Slot(slot.name, slot.shape, slot.start - start) for slot in chosen)), start, stop
+        return _moved(chosen)
+
+
+def _moved(slots: Sequence[Slot]) -> tuple[Layout, int, int]:
+    """A layout of neighbours alone, starting at 0, and their slice [start, stop) of the whole vector."""
+    if not slots:
+        return Layout(()), 0, 0
+    start = slots[0].start
+    return Layout(tuple(Slot(slot.name, slot.shape, slot.start - start) for slot in slots)), start, slots[-1].stop
 
 
 def layout_of(parameters: Mapping[str, Tensor], without: Sequence[str] = ()) -> Layout:

@@ -75,7 +75,8 @@ class Optimizer(Strict):
     kind: Literal["adamw", "descent"]
     beta1: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
     beta2: float = Field(ge=0, lt=1, description="Fixed in the graphs.")
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="Of scales, that of s_out; the input has a rate for each element then.")
+    in_learning_rate: float | None = Field(gt=0, description="Of s_in; null where there is none.")
     weight_decay: float = Field(ge=0)
     epsilon: float = Field(gt=0)
     max_grad_norm: float | None = Field(gt=0, description="null: not clipped.")
@@ -112,29 +113,40 @@ class NoiseSchedule(Strict):
 
 
 class Parameter(Strict):
-    """One LoRA tensor."""
+    """One trained tensor."""
 
     name: Name = Field(description="In PyTorch and in checkpoints.")
-    key: Name = Field(description="In the LoRA file.")
-    shape: tuple[Size, Size]
-    block: Count
+    key: Name = Field(description="In the result file.")
+    shape: tuple[Size, ...] = Field(min_length=1, max_length=2)
+    interval: Count = Field(description="Which interval of timesteps it is of, 0 the least noisy.")
+    block: Count | None = Field(description="null outside of blocks.")
     offset: Count | None = Field(
-        description="Of its first element in the flat vector, row-major; null if the loss does not depend on it, so that it "
-        "keeps its start value."
+        description="Of its first element in its interval's flat vector, row-major; null if the loss does not depend on it, so "
+        "that it keeps its start value."
     )
 
 
 class Lora(Strict):
-    """The adapter. The flat vector holds every parameter with an offset, one after the other, without gaps."""
+    """Of LoRA matrices."""
 
     rank: Size
     alpha: float = Field(gt=0)
     targets: tuple[Name, ...]
-    parameters: tuple[Parameter, ...] = Field(min_length=1)
-    flat_elements: Size
-    initial: BundlePath = Field(
-        description="A LoRA file for diffusers with the start values; the result is this file with other values."
-    )
+
+
+class Tuned(Strict):
+    """What trains. A flat vector holds every parameter with an offset, one after the other, without gaps.
+
+    Timesteps are divided into equal intervals, each with a flat vector, moments and a count of AdamW's updates of its own; the
+    device gives a graph those of the interval of its timesteps.
+    """
+
+    method: Literal["lora", "scales"]
+    lora: Lora | None = Field(description="null of scales.")
+    intervals: Size = Field(description="1 of LoRA.")
+    parameters: tuple[Parameter, ...] = Field(min_length=1, description="Of all intervals.")
+    flat_elements: Size = Field(description="Length of a flat vector.")
+    initial: BundlePath = Field(description="The start values, as a result file; a result is this file with other values.")
 
 
 class TextEncoder(Strict):
@@ -201,7 +213,7 @@ class Manifest(Strict):
     plan: Plan
     batch: Batch
     weights: Weights
-    lora: Lora
+    tuned: Tuned
     optimizer: Optimizer
     noise_schedule: NoiseSchedule
     text_encoders: tuple[TextEncoder, ...]
@@ -212,7 +224,7 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        for complaint in (*plan_faults(self), *parameter_faults(self.lora), *graph_faults(self)):
+        for complaint in (*plan_faults(self), *parameter_faults(self.tuned), *graph_faults(self)):
             raise ValueError(complaint)
         return self
 

@@ -107,15 +107,21 @@ class Builder:
         if stored.storage == "fp32":
             return value
         scale = self._raw(stored, "scale")
-        zero_point = None
-        if stored.storage == "int4":
+        zero_point = self._raw(stored, "zero") if "zero" in stored.tensors else None
+        if stored.storage in ("int4", "packed4"):
             low = self.op("BitwiseAnd", value, self._byte(15))
             high = self.op("BitShift", value, self._byte(4), direction="RIGHT")
             value = self.op("Concat", low, high, axis=1)
+        if stored.storage == "int4":
             zero = ir.tensor(np.array([8], dtype=np.uint8))
             zero_point = self.op("ConstantOfShape", self.ints([scale_count(stored)]), value=zero)
-        whole = self.op("DequantizeLinear", value, scale, zero_point, axis=0)
-        return whole if scale_count(stored) == stored.shape[0] else self.reshape(whole, stored.shape)
+        if zero_point is not None and zero_point.dtype == ir.DataType.FLOAT:
+            shifted = self.op("Sub", self.cast(value, torch.float32), self.reshape(zero_point, [-1, 1]))
+            whole = self.op("Mul", shifted, self.reshape(scale, [-1, 1]))
+        else:
+            whole = self.op("DequantizeLinear", value, scale, zero_point, axis=0)
+        plain = len(stored.shape) == 2 and scale_count(stored) == stored.shape[0]
+        return whole if plain else self.reshape(whole, stored.shape)
 
     def weight_rows(self, name: str, indices: ir.Value) -> ir.Value:
         """Rows of a frozen table in float32; only they are converted."""

@@ -20,7 +20,7 @@ from onnx import GraphProto, ModelProto, helper, numpy_helper
 from pocketune.errors import ModelError, RunError
 from pocketune.models.load import ModelFolder, open_model
 from pocketune_edge.bundle import Bundle
-from pocketune_edge.delta import load_lora
+from pocketune_edge.delta import load_result, neutral
 from pocketune_edge.manifest import Graph
 
 Names = Mapping[str, str]
@@ -47,7 +47,7 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
 
     Raises:
         LoraError: the LoRA is not one of the bundle.
-        ModelError: there is no such model, or it has a text encoder other than CLIP.
+        ModelError: there is no such model, or it has a text encoder other than CLIP, or the bundle trains scales.
         RunError: `out` exists.
     """
     if out.exists():
@@ -57,7 +57,10 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
     if folder.has("text_encoder_3"):
         msg = f"{folder.name} has a T5 encoder, which this folder cannot hold yet. Run it with pocketune-edge."
         raise ModelError(msg)
-    flat = np.zeros(bundle.manifest.lora.flat_elements, np.float32) if lora is None else load_lora(bundle, lora).flat
+    if bundle.manifest.tuned.method != "lora":
+        msg = "scales follow the timestep, which one denoiser of this folder cannot. Sample with pocketune-edge."
+        raise ModelError(msg)
+    flat = neutral(bundle.manifest.tuned) if lora is None else load_result(bundle, lora).flat
     for part in _COPIED:
         if (folder.path / part).is_dir():
             shutil.copytree(folder.path / part, out / part)

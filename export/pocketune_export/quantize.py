@@ -1,8 +1,11 @@
-"""Symmetric quantization of frozen matrices: what is stored, and the float32 weights that it stands for.
+"""Quantization of frozen matrices: what is stored, and the float32 weights that it stands for.
+
+Weights that the recipe packs (`weight_bits`) are stored as training on a PC holds them: unsigned codes with a scale and a zero
+a row, scale * (code - zero), so that both compute with the same numbers. All others are quantized symmetrically, as asked for.
 
 A group of neighbouring weights of a row shares one scale: scale = max |w| / Q with Q = 127 (int8) or 7 (int4), and the stored
 weight is round(w / scale). int4 keeps two weights a byte, each plus 8: the low halves of the bytes hold the first half of a
-group, the high halves the second.
+group, the high halves the second; so do packed weights of 4 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from pocketune.weights.quant import Packed
 
 Storage = Literal["fp32", "fp16", "int8", "int4"]
 MIN_ELEMENTS = 4096
@@ -78,6 +84,18 @@ def quantize(matrix: NDArray[np.float32], *, storage: Literal["int8", "int4"], b
     nibbles = (whole + 8).astype(np.uint8)
     packed = nibbles[:, : length // 2] | (nibbles[:, length // 2 :] << 4)
     return Quantized(packed, scales, matrix.shape)
+
+
+def packed_parts(packed: Packed) -> dict[str, NDArray[np.generic]]:
+    """The tensors of a packed weight by role: codes, uint8; scale, float32; zero, uint8 or, where it was fitted, float32."""
+    codes = packed.codes.cpu().numpy()
+    if packed.bits == 4:
+        pairs = np.stack([codes & 15, codes >> 4], axis=2).reshape(codes.shape[0], -1)
+        half = pairs.shape[1] // 2
+        codes = pairs[:, :half] | (pairs[:, half:] << 4)
+    zeros = packed.zeros[:, 0].cpu()
+    zeros = zeros if zeros.dtype == torch.uint8 else zeros.float()
+    return {"weight": codes, "scale": packed.scales[:, 0].float().cpu().numpy(), "zero": zeros.numpy()}
 
 
 def stored_value(weight: NDArray[np.float32], *, storage: Storage, block: int | None) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pocketune.models.base import Prompt
-from pocketune.step import Objective
+from pocketune.step import Batch, Features, Objective
 from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
 
@@ -48,6 +48,21 @@ def batch_inputs(sizes: Sizes) -> dict[str, TensorSpec]:
     if sizes.objective != "flow":
         shapes["alphas"] = ((rows,), "share of the clean latents at each timestep")
     return {name: spec(name, shape, meaning) for name, (shape, meaning) in shapes.items()}
+
+
+def batch_of(given: Named, sizes: Sizes, features: Features) -> Batch:
+    """The batch of named inputs; what a graph does not take is empty, and must not be needed."""
+    return Batch(
+        latents=given["latents"],
+        noise=given["noise"],
+        timesteps=given.get("timesteps", torch.empty(0)),
+        sigmas=given["sigmas"],
+        alphas=given.get("alphas"),
+        objective=sizes.objective,
+        prompt=prompt_of(given),
+        loss_weights=given["loss_weights"],
+        features=features,
+    )
 
 
 def prompt_of(given: Named) -> Prompt:

@@ -27,17 +27,16 @@ MEANINGS = {
 
 def parameter_input(elements: int) -> TensorSpec:
     """The flat vector of `elements`."""
-    return spec("parameters", (elements,), "LoRA matrices, flat")
+    return spec("parameters", (elements,), "what trains, flat")
 
 
-def optimizer_inputs(elements: int) -> tuple[TensorSpec, ...]:
-    """What AdamW takes besides gradients, for a flat vector of `elements`."""
+def optimizer_inputs(elements: int, *, own_rates: bool = False) -> tuple[TensorSpec, ...]:
+    """What AdamW takes besides gradients, for a flat vector of `elements`; own_rates: each has a learning rate of its own."""
     vectors = {
         "exp_avg": "AdamW's first moments, zeros at first",
         "exp_avg_sq": "AdamW's second moments, zeros at first",
     }
     scalars = {
-        "learning_rate": "of this step",
         "weight_decay": "decoupled, times learning_rate",
         "epsilon": "added to the root of the second moment",
         "max_grad_norm": "the gradient is scaled down to this norm",
@@ -45,6 +44,7 @@ def optimizer_inputs(elements: int) -> tuple[TensorSpec, ...]:
     return (
         parameter_input(elements),
         *(TensorSpec(name=name, shape=(elements,), dtype="float32", meaning=text) for name, text in vectors.items()),
+        spec("learning_rate", (elements,) if own_rates else (), "of this step"),
         TensorSpec(name="step", shape=(), dtype="int64", meaning="number of this step, 1 at first"),
         *(TensorSpec(name=name, shape=(), dtype="float32", meaning=text) for name, text in scalars.items()),
     )
@@ -106,6 +106,16 @@ def loss_alone(model: nn.Module, layout: Layout, loss_of: Callable[[Named], Tens
 def leaves(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
     """The parameters of a flat vector as tensors that gradients are taken of."""
     return {name: value.detach().requires_grad_() for name, value in layout.split(flat).items()}
+
+
+def part_input(part: Layout) -> tuple[TensorSpec, ...]:
+    """The flat vector of what trains in a graph of its own; nothing where nothing does."""
+    return (spec("parameters", (part.elements,), "what trains here, flat"),) if part.slots else ()
+
+
+def values_of(part: Layout, given: Named) -> dict[str, Tensor]:
+    """The parameters in such a graph's inputs, by name."""
+    return part.split(given["parameters"]) if part.slots else {}
 
 
 def spec(name: str, shape: Sequence[int], meaning: str) -> TensorSpec:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pocketune.errors import FileFormatError
 from pocketune.methods.base import Tuned
+from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, Span
@@ -26,7 +27,7 @@ from pocketune.step import Batch
 from pocketune.train import new_optimizer, train_step, zeroth_order_step
 from pocketune.tuning import METHODS
 from pocketune_edge.bundle import Bundle
-from pocketune_edge.delta import Adapter
+from pocketune_edge.delta import Adapter, by_name
 from pocketune_edge.manifest import Manifest, TensorSpec
 from pocketune_edge.session import Sessions
 from pocketune_edge.settings import Settings
@@ -108,33 +109,34 @@ def verify(
     plan = BlockPlan(manifest.model.block_count, tuple(skipped))
     adapter, tuned = eager_model(bundle, folder, plan, recipe)
     parameters = tuned.parameters
-    names = [parameter.name for parameter in manifest.lora.parameters if parameter.offset is not None]
+    names = [parameter.name for parameter in manifest.tuned.parameters if parameter.offset is not None]
     gradients: dict[str, Tensor] = {}
     for name in names:
         _keep_gradient(parameters[name], name, gradients)
     optimizer = new_optimizer(parameters, recipe)
     take_step = open_steps(bundle, mode)
     start = torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy()
-    state = fresh_state(Adapter(start, {}))
+    state = fresh_state(Adapter(start, {}), intervals=manifest.tuned.intervals)
     worst = _Worst()
     for number in range(1, steps + 1):
         batch = random_batch(manifest, seed=seed + number)
         if recipe.gradient == "zeroth_order":
             loss = zeroth_order_step(adapter, tuned, plan, recipe, as_batch(manifest, batch), optimizer, step=number - 1)
         else:
-            loss = train_step(adapter, parameters, plan, recipe, as_batch(manifest, batch), optimizer)
+            gradients.clear()
+            given = as_batch(manifest, batch)
+            loss = train_step(adapter, parameters, plan, recipe, given, optimizer, inputs=tuned.inputs)
         result = take_step(state, [{name: tensor.numpy() for name, tensor in batch.items()}])
         state = result.state
         worst.loss = max(worst.loss, abs(loss - state.losses[-1]) / abs(loss))
         largest = max((float(gradient.abs().max()) for gradient in gradients.values()), default=0.0)
-        for parameter in manifest.lora.parameters:
-            if parameter.offset is not None:
-                place = slice(parameter.offset, parameter.offset + parameter.shape[0] * parameter.shape[1])
-                if gradients:
-                    expected = gradients[parameter.name].reshape(-1).numpy()
-                    worst.see(worst.gradients, parameter.name, np.abs(expected - result.gradients[place]).max() / largest)
-                expected = parameters[parameter.name].detach().reshape(-1).numpy()
-                worst.see(worst.parameters, parameter.name, np.abs(expected - state.parameters[place]).max())
+        found = by_name(manifest.tuned, state.parameters)
+        found_gradients = by_name(manifest.tuned, result.gradients)
+        for name in names:
+            if name in gradients:  # of scales, those of the step's intervals alone have one
+                difference = np.abs(gradients[name].numpy() - found_gradients[name]).max()
+                worst.see(worst.gradients, name, difference / largest)
+            worst.see(worst.parameters, name, np.abs(parameters[name].detach().numpy() - found[name]).max())
         on_step(number, steps)
     return Verification(mode, steps, worst.loss, worst.gradients, worst.parameters)
 
@@ -213,14 +215,15 @@ class _Worst:
 
 def _batch_specs(manifest: Manifest) -> list[TensorSpec]:
     """Inputs of the training step and of the embedding: a graph lacks what it does not need."""
-    streaming_inputs = [spec for spec in manifest.graph("embed").inputs if spec.name != "noisy"]
-    optimizer = {spec.name for spec in optimizer_inputs(manifest.lora.flat_elements)}
-    return [spec for spec in manifest.step_graph.inputs if spec.name not in optimizer] + streaming_inputs
+    inputs = (*manifest.step_graph.inputs, *manifest.graph("embed").inputs)
+    others = {"noisy"} | {spec.name for spec in optimizer_inputs(manifest.tuned.flat_elements)}
+    return [spec for spec in inputs if spec.name not in others]
 
 
 def eager_model(bundle: Bundle, folder: ModelFolder, plan: BlockPlan, recipe: Recipe) -> tuple[DenoiserAdapter, Tuned]:
     """The PyTorch model with what trains, its frozen weights rounded as the bundle stores them."""
-    adapter = folder.load_denoiser(dtype=torch.float32, device=torch.device("cpu"), blocks=plan.kept)
+    cpu, packed = torch.device("cpu"), quantization_of(recipe)
+    adapter = folder.load_denoiser(dtype=torch.float32, device=cpu, blocks=plan.kept, quantization=packed)
     tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)
     storages = stored_as(bundle, f"{folder.family.component}.")
     block = bundle.manifest.weights.block

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketune.errors import ModelError
+from pocketune.weights.quantizers import Quantization
 from pocketune_export.passes import Derived
-from pocketune_export.quantize import Storage, quantize, storage_of
+from pocketune_export.quantize import Storage, packed_parts, quantize, storage_of
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside the graphs; ONNX Runtime does not load tiny external data."""
@@ -25,17 +27,26 @@ ALIGNMENT = 64
 FP16_MAX = float(np.finfo(np.float16).max)
 
 Loader = Callable[[str], Tensor]
+PackedStorage = Literal["packed8", "packed4"]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How one weight lies in the bundle: tensors by role ("weight", "scale"), and the shape they stand for."""
+    """How one weight lies in the bundle: tensors by role ("weight", "scale", "zero"), and the shape they stand for."""
 
-    storage: Storage
+    storage: Storage | PackedStorage
     shape: tuple[int, ...]
     tensors: Mapping[str, ir.TensorProtocol]
     bytes: int
     file: str | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The weights of a component that the recipe packs, by plain name."""
+
+    quantization: Quantization
+    names: frozenset[str]
 
 
 class WeightStore:
@@ -61,6 +72,15 @@ class WeightStore:
             self._stored[key] = self._write(key, file, array, storage)
         return self._stored[key]
 
+    def put_packed(self, key: str, file: str, load: Callable[[], Tensor], quantization: Quantization) -> Stored:
+        """The stored weight of a key that the recipe packs; like `put`."""
+        if key not in self._stored:
+            weight = load()
+            parts = packed_parts(quantization.pack(weight))
+            storage: PackedStorage = "packed4" if quantization.bits == 4 else "packed8"
+            self._stored[key] = self._store_parts(key, file, parts, storage, tuple(weight.shape))
+        return self._stored[key]
+
     def close(self) -> dict[str, tuple[int, str]]:
         """Finish all files; size and sha256 of each."""
         return {name: file.close() for name, file in sorted(self._files.items())}
@@ -77,12 +97,22 @@ class WeightStore:
             parts = {"weight": array.astype(np.float16)}
         else:
             storage, parts = "fp32", {"weight": array}
+        return self._store_parts(key, file, parts, storage, array.shape)
+
+    def _store_parts(
+        self,
+        key: str,
+        file: str,
+        parts: Mapping[str, NDArray[np.generic]],
+        storage: Storage | PackedStorage,
+        shape: tuple[int, ...],
+    ) -> Stored:
         tensors = {role: self._tensor(key, role, storage, file, part) for role, part in parts.items()}
         outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors.values())
         size = sum(part.nbytes for part in parts.values())
-        return Stored(storage, array.shape, tensors, size, file if outside else None)
+        return Stored(storage, shape, tensors, size, file if outside else None)
 
-    def _tensor(self, key: str, role: str, storage: Storage, file: str, array: NDArray[np.generic]) -> ir.TensorProtocol:
+    def _tensor(self, key: str, role: str, storage: str, file: str, array: NDArray[np.generic]) -> ir.TensorProtocol:
         name = key if role == "weight" and storage in ("fp32", "fp16") else f"{key}.{storage}.{role}"
         if array.nbytes < INLINE_BYTES:
             return ir.tensor(np.ascontiguousarray(array), name=name)
@@ -97,19 +127,21 @@ class WeightStore:
 class WeightPart:
     """The weights of one component of the model: how they are loaded and named."""
 
-    def __init__(self, store: WeightStore, prefix: str, load: Loader) -> None:
+    def __init__(self, store: WeightStore, prefix: str, load: Loader, packing: Packing | None = None) -> None:
         """Use a store.
 
         Args:
             store: shared by all parts.
             prefix: put before every name, as "transformer.".
             load: the tensor of a name.
+            packing: which weights are packed, and how.
 
         Names are those in the model, with a LoRA's ".base_layer".
         """
         self._store = store
         self._prefix = prefix
         self._load = load
+        self._packing = packing
         self._derived: dict[str, Derived] = {}
 
     def add_derived(self, derived: Mapping[str, Derived]) -> None:
@@ -118,6 +150,9 @@ class WeightPart:
 
     def stored(self, name: str, *, file: str, matmul: bool) -> Stored:
         """The stored weight of a name; it goes to `file`, a bundle path, if no graph used it before."""
+        packing = self._packing
+        if packing is not None and plain_name(name) in packing.names:
+            return self._store.put_packed(self._prefix + plain_name(name), file, lambda: self._load(name), packing.quantization)
         return self._store.put(self._prefix + plain_name(name), file, lambda: self._array(name), matmul=matmul)
 
     def _array(self, name: str) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from pocketune_export.onnx import lower
 from pocketune_export.onnx_builder import OPSET
 from pocketune_export.planning import activation_bytes, planned_memory
 from pocketune_export.quantize import Storage
-from pocketune_export.weights import WeightPart, WeightStore
+from pocketune_export.weights import Packing, WeightPart, WeightStore
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class Component:
         prefix: put before the names of its weights.
         load: a weight by name.
         file: bundle path of the file for its weights; those that a block uses first lie in a file of that block.
+        packing: which of them the recipe packs.
     """
 
     prefix: str
     load: Callable[[str], Tensor]
     file: str
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Described:
     recipe: dict[str, object]
     plan: m.Plan
     batch: m.Batch
-    lora: m.Lora
+    tuned: m.Tuned
     optimizer: m.Optimizer
     noise_schedule: m.NoiseSchedule
     text_encoders: tuple[m.TextEncoder, ...]
@@ -107,7 +109,7 @@ class BundleWriter:
             ModelError: it cannot be lowered.
         """
         if component.prefix not in self._parts:
-            self._parts[component.prefix] = WeightPart(self._store, component.prefix, component.load)
+            self._parts[component.prefix] = WeightPart(self._store, component.prefix, component.load, component.packing)
         file = f"weights/block-{traced.block:02d}.bin" if traced.role == "block_forward" else component.file
         lowered = lower(traced.capture, self._parts[component.prefix], file=file)
         self.add_file(f"{traced.name}.onnx", lowered.content)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from pocketune import Progress
 from pocketune_edge.bundle import open_bundle
-from pocketune_edge.delta import load_lora
+from pocketune_edge.delta import load_result
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.sample import decode, denoise, to_image
 from pocketune_edge.session import Sessions
@@ -48,7 +48,7 @@ def sample_on_device(bundle: Path, run: Path, prompts: Sequence[str], noise: tor
         negative_prompt(sessions),
         steps=3,
         guidance=5.0,
-        parameters=load_lora(opened, run).flat,
+        parameters=load_result(opened, run).flat,
         on_step=lambda _: None,
     )
     return [to_image(pixels) for pixels in decode(sessions, latents)]

@@ -32,6 +32,8 @@ RECIPE = {
     "sample_steps": 2,
     "guidance_scale": 7.0,
     "gradient": "backprop",
+    "scale_learning_rate": 3e-3,
+    "scale_in_learning_rate": 1e-3,
     "zo_learning_rate": 1e-4,
     "zo_epsilon": 1e-2,
     "zo_queries": 1,
@@ -53,7 +55,14 @@ def make_bundle(folder: Path) -> Path:
     (folder / "lora").mkdir()
     (folder / "lora" / "start.safetensors").write_bytes(save(dict(zip(keys, values, strict=True)), {"format": "pt"}))
     parameters = [
-        {"name": f"block.lora_{name}.default.weight", "key": key, "shape": list(shape), "block": 0, "offset": offset}
+        {
+            "name": f"block.lora_{name}.default.weight",
+            "key": key,
+            "shape": list(shape),
+            "interval": 0,
+            "block": 0,
+            "offset": offset,
+        }
         for name, key, shape, offset in zip(names, keys, shapes, (0, RANK * WIDTH), strict=True)
     ]
     manifest: dict[str, Any] = {
@@ -87,10 +96,10 @@ def make_bundle(folder: Path) -> Path:
             "pooled_width": 8,
         },
         "weights": {"storage": "fp32", "block": None},
-        "lora": {
-            "rank": RANK,
-            "alpha": float(RANK),
-            "targets": ["attn.to_q"],
+        "tuned": {
+            "method": "lora",
+            "lora": {"rank": RANK, "alpha": float(RANK), "targets": ["attn.to_q"]},
+            "intervals": 1,
             "parameters": parameters,
             "flat_elements": 2 * RANK * WIDTH,
             "initial": "lora/start.safetensors",
@@ -100,6 +109,7 @@ def make_bundle(folder: Path) -> Path:
             "beta1": 0.9,
             "beta2": 0.999,
             "learning_rate": 1e-3,
+            "in_learning_rate": None,
             "weight_decay": 1e-4,
             "epsilon": 1e-8,
             "max_grad_norm": 1.0,

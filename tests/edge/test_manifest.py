@@ -52,7 +52,7 @@ def changed(path: str, value: Any) -> Change:
         (changed("graphs.0.inputs.0.name", "velocity"), "two inputs or outputs of one name"),
         (changed("graphs.0.inputs.0.dtype", "int64"), "other inputs or outputs"),
         (changed("opset", 17), "operator set 18, the manifest says 17"),
-        (changed("lora.flat_elements", 2**39), "flat vector claims 549755813888"),
+        (changed("tuned.flat_elements", 2**39), "flat vector claims 549755813888"),
         (changed("model.block_count", 2), "covers 1 of 2 blocks"),
         (changed("model.block_count", True), "expected a int"),
         (changed("model.surprise", 1), "unknown field"),

@@ -24,10 +24,10 @@ from pocketune.sampling.batches import NoiseSchedule as TorchNoiseSchedule
 from pocketune.train import new_optimizer
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.cache import from_bfloat16, to_bfloat16
-from pocketune_edge.delta import Adapter, by_name, flatten, load_lora, save_lora, start_values
+from pocketune_edge.delta import Adapter, by_name, flatten, load_result, save_result, start_values
 from pocketune_edge.errors import LoraError, SettingError
 from pocketune_edge.job import MAX_PHOTO_SIDE
-from pocketune_edge.manifest import DdimSteps, Lora, NoiseSchedule, Parameter
+from pocketune_edge.manifest import DdimSteps, Lora, NoiseSchedule, Parameter, Tuned
 from pocketune_edge.noise import Euler, sampler_of, training_levels
 from pocketune_edge.sample import to_image
 from pocketune_edge.settings import Settings, key_of
@@ -149,7 +149,7 @@ def test_every_valid_recipe_has_settings() -> None:
             Settings.of(recipe.model_dump() | {name: value})
 
 
-class Tuned:
+class TunedHere:
     """A tiny torch adapter that has trained a little, and the same as a bundle would describe it."""
 
     def __init__(self, model: ModelFolder, folder: Path) -> None:
@@ -169,18 +169,18 @@ class Tuned:
             key = f"transformer.{name.replace('.default', '')}"
             assert key in keys
             at = None if name in self.without else offset
-            described.append(Parameter(name, key, (parameter.shape[0], parameter.shape[1]), int(name.split(".")[1]), at))
+            described.append(Parameter(name, key, tuple(parameter.shape), 0, int(name.split(".")[1]), at))
             offset += 0 if at is None else parameter.numel()
-        self.lora = Lora(2, 2.0, ("attn.to_q",), tuple(described), offset, "start.safetensors")
+        self.lora = Tuned("lora", Lora(2, 2.0, ("attn.to_q",)), 1, tuple(described), offset, "start.safetensors")
         self.bundle = FakeBundle(self.lora, path)
 
 
 class FakeBundle(Bundle):
     """A bundle of nothing but a LoRA."""
 
-    def __init__(self, lora: Lora, path: Path) -> None:
+    def __init__(self, lora: Tuned, path: Path) -> None:
         self.path = path.parent
-        self.manifest = type("Manifest", (), {"lora": lora})()  # type: ignore[assignment]
+        self.manifest = type("Manifest", (), {"tuned": lora})()  # type: ignore[assignment]
         self._content = path.read_bytes()
         self._place = Place(path, 0, path.stat().st_size)
 
@@ -192,34 +192,34 @@ class FakeBundle(Bundle):
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny_model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    return Tuned(tiny_model, tmp_path_factory.mktemp("tuned"))
+def tuned(tiny_model: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> TunedHere:
+    return TunedHere(tiny_model, tmp_path_factory.mktemp("tuned"))
 
 
 def as_numpy(parameters: dict[str, nn.Parameter]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
 
-def test_lora_files_have_the_bytes_that_diffusers_writes(tuned: Tuned, tmp_path: Path) -> None:
+def test_lora_files_have_the_bytes_that_diffusers_writes(tuned: TunedHere, tmp_path: Path) -> None:
     start = start_values(tuned.bundle)
     assert set(start.fixed) == tuned.without and start.flat.any()
     values = as_numpy(tuned.parameters)
     flat = flatten(tuned.lora, values)
     assert not np.array_equal(flat, start.flat)
-    ours = save_lora(tuned.bundle, Adapter(flat, start.fixed), tmp_path / "ours")
+    ours = save_result(tuned.bundle, Adapter(flat, start.fixed), tmp_path / "ours")
     theirs = save_lora_with_diffusers(tuned.adapter, tmp_path / "theirs")
     assert ours.read_bytes() == theirs.read_bytes()
-    again = load_lora(tuned.bundle, tmp_path / "ours")
+    again = load_result(tuned.bundle, tmp_path / "ours")
     assert np.array_equal(again.flat, flat)
     assert all(
         np.array_equal(by_name(tuned.lora, again.flat)[name], values[name]) for name in values if name not in tuned.without
     )
 
 
-def test_strange_lora_files_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+def test_strange_lora_files_are_refused(tuned: TunedHere, tmp_path: Path) -> None:
     from safetensors.numpy import load, save
 
-    good = save_lora(tuned.bundle, start_values(tuned.bundle), tmp_path / "good").read_bytes()
+    good = save_result(tuned.bundle, start_values(tuned.bundle), tmp_path / "good").read_bytes()
     tensors = load(good)
     first = sorted(tensors)[0]
     cases = {
@@ -236,12 +236,12 @@ def test_strange_lora_files_are_refused(tuned: Tuned, tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         with pytest.raises(LoraError, match="does not fit the bundle"):
-            load_lora(tuned.bundle, path)
+            load_result(tuned.bundle, path)
     with pytest.raises(LoraError, match="no LoRA at"):
-        load_lora(tuned.bundle, tmp_path / "nowhere")
+        load_result(tuned.bundle, tmp_path / "nowhere")
 
 
-def test_a_checkpoint_of_torch_is_one_of_ours(tuned: Tuned, tmp_path: Path) -> None:
+def test_a_checkpoint_of_torch_is_one_of_ours(tuned: TunedHere, tmp_path: Path) -> None:
     torch_checkpoint.CheckpointFolder(tmp_path, fingerprint="f").save(
         tuned.parameters, tuned.optimizer, step=3, losses=(3.0, 2.0, 1.5)
     )
@@ -254,13 +254,13 @@ def test_a_checkpoint_of_torch_is_one_of_ours(tuned: Tuned, tmp_path: Path) -> N
         assert all(np.array_equal(found[name], moments[name][kind].numpy()) for name in found)
 
 
-def test_a_checkpoint_of_ours_is_one_of_torch(tuned: Tuned, tiny_model: ModelFolder, tmp_path: Path) -> None:
+def test_a_checkpoint_of_ours_is_one_of_torch(tuned: TunedHere, tiny_model: ModelFolder, tmp_path: Path) -> None:
     start = start_values(tuned.bundle)
     rng = np.random.default_rng(0)
     vectors = [rng.standard_normal(start.flat.shape).astype(np.float32) for _ in range(3)]
     folder = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f")
     for steps in range(1, 5):
-        folder.save(State(vectors[0], vectors[1], np.abs(vectors[2]), (1.0,) * steps, start.fixed, steps))
+        folder.save(State(vectors[0], vectors[1], np.abs(vectors[2]), (1.0,) * steps, start.fixed, (steps,)))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000003.safetensors", "step-000004.safetensors"]
 
     adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
@@ -278,7 +278,7 @@ def test_a_checkpoint_of_ours_is_one_of_torch(tuned: Tuned, tiny_model: ModelFol
             assert optimizer.state[parameter]["step"].item() == 4
 
 
-def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tuned: TunedHere, tmp_path: Path) -> None:
     start = start_values(tuned.bundle)
     folder = CheckpointFolder(tmp_path, tuned.lora, fingerprint="f")
     assert folder.restore(start).step == 0

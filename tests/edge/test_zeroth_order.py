@@ -11,8 +11,8 @@ from pocketune.errors import Interrupted
 from pocketune_edge.errors import SettingError
 from pocketune_edge.job import personalize
 from pocketune_export.exporter import export_trainable
+from tests.edge.both_sides import largest_difference, stop_at
 from tests.edge.conftest import edge_recipe
-from tests.edge.test_personalize import largest_difference, stop_at
 from tests.tolerances import EDGE_LOSS, EDGE_PARAMETER
 
 RECIPE = edge_recipe(gradient="zeroth_order", zo_learning_rate=1e-2, zo_queries=2, skip="0-1,3,5", steps=4)

@@ -25,4 +25,4 @@ def test_steps_equal_pytorch(bundle: Bundle, mode: Mode, steps: int) -> None:
     found = verify(bundle, model=bundle.manifest.model.name, steps=steps, mode=mode)
     assert found.passed, (found.loss, found.worst_parameter, found.parameters[found.worst_parameter])
     assert max(found.parameters.values()) <= TOLERANCE
-    assert len(found.parameters) == sum(item.offset is not None for item in bundle.manifest.lora.parameters)
+    assert len(found.parameters) == sum(item.offset is not None for item in bundle.manifest.tuned.parameters)

@@ -41,7 +41,7 @@ def test_an_archive_is_made_and_verified(small_model: ModelFolder, recipe: Path,
     compared = json.loads(found.stdout)
     assert compared["passed"]
     assert compared["steps"] == 2
-    assert set(compared["gradients"]) == {item.name for item in bundle.manifest.lora.parameters if item.offset is not None}
+    assert set(compared["gradients"]) == {item.name for item in bundle.manifest.tuned.parameters if item.offset is not None}
     assert max(compared["parameters"].values()) == compared["largest_parameter_difference"]["value"] <= TOLERANCE
     quiet = CliRunner().invoke(app, [*arguments, "--quiet"])
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")

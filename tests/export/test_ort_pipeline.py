@@ -14,7 +14,7 @@ from pocketune import Recipe
 from pocketune.errors import RunError
 from pocketune.models.load import ModelFolder, open_model
 from pocketune_edge.bundle import Bundle, open_bundle
-from pocketune_edge.delta import Adapter, save_lora, start_values
+from pocketune_edge.delta import Adapter, save_result, start_values
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.sample import decode
 from pocketune_edge.session import Sessions
@@ -56,7 +56,7 @@ def test_the_joined_denoiser_is_the_blocks_one_after_the_other(
     rng = np.random.default_rng(0)
     start = start_values(bundle)
     flat = rng.standard_normal(start.flat.shape).astype(np.float32) / 4
-    save_lora(bundle, Adapter(flat, start.fixed), tmp_path / "lora")
+    save_result(bundle, Adapter(flat, start.fixed), tmp_path / "lora")
     write_ort_pipeline(bundle, tmp_path / "out", lora=tmp_path / "lora", model=small_model.path)
     sizes = bundle.manifest.batch
     given = {

@@ -21,7 +21,7 @@ def test_twenty_steps_equal_pytorch(bundles: Mapping[str, Bundle], small_model: 
     found = verify(bundles[storage], model=small_model.path, steps=STEPS)
     assert found.passed, (found.worst_parameter, found.parameters[found.worst_parameter], found.loss)
     assert found.parameters[found.worst_parameter] <= TOLERANCE
-    trained = [parameter.name for parameter in bundles[storage].manifest.lora.parameters]
+    trained = [parameter.name for parameter in bundles[storage].manifest.tuned.parameters]
     assert sorted(found.gradients) == sorted(found.parameters) == sorted(trained)
 
 
@@ -30,7 +30,7 @@ def test_storages_differ(bundles: Mapping[str, Bundle]) -> None:
     losses = {}
     for name, bundle in bundles.items():
         given = {key: tensor.numpy() for key, tensor in random_batch(bundle.manifest, seed=3).items()}
-        state = fresh_state(Adapter(np.full(bundle.manifest.lora.flat_elements, 0.01, np.float32), {}))
+        state = fresh_state(Adapter(np.full(bundle.manifest.tuned.flat_elements, 0.01, np.float32), {}))
         losses[name] = open_steps(bundle)(state, [given]).state.losses[0]
     assert len(set(losses.values())) == len(losses)
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=1e-3)
@@ -42,7 +42,7 @@ def test_streaming_equals_one_graph(bundles: Mapping[str, Bundle], storage: str)
     bundle = bundles[storage]
     whole, parts = open_steps(bundle), open_steps(bundle, "streaming")
     generator = np.random.default_rng(1)
-    start = (generator.standard_normal(bundle.manifest.lora.flat_elements) * 0.05).astype(np.float32)
+    start = (generator.standard_normal(bundle.manifest.tuned.flat_elements) * 0.05).astype(np.float32)
     state = fresh_state(Adapter(start, {}))
     for number in (1, 2):
         given = {name: tensor.numpy() for name, tensor in random_batch(bundle.manifest, seed=number).items()}
@@ -111,7 +111,7 @@ def test_edges_of_the_model_can_be_skipped(export_small: Exporting, small_model:
         "precondition_outputs": False,
     }
     bundle = export_small(**settings)["fp32"]
-    untouched = [parameter.name for parameter in bundle.manifest.lora.parameters if parameter.offset is None]
+    untouched = [parameter.name for parameter in bundle.manifest.tuned.parameters if parameter.offset is None]
     assert {name.split(".lora_")[0] for name in untouched} == {"transformer_blocks.1.attn.to_add_out"}
     for mode in ("one graph", "streaming"):
         found = verify(bundle, model=small_model.path, steps=3, mode=mode)  # type: ignore[arg-type]

@@ -13,8 +13,7 @@ from pocketune_export.decisions import check_exportable
         ({"patches": "dynamic"}, "devices cut whole squares"),
         ({"skip": "auto", "cache_dtype": "int8"}, "float32 or bfloat16"),
         ({"gradient": "mixed"}, "one resolution"),
-        ({"method": "token"}, "train LoRA"),
-        ({"method": "scales", "weight_bits": 8}, "train LoRA"),
+        ({"method": "token"}, "train the denoiser"),
         ({"timestep_low": 500}, "all timesteps"),
     ],
 )
@@ -26,3 +25,4 @@ def test_what_devices_cannot_do_is_refused(changes: dict[str, object], reason: s
 def test_plain_recipes_are_exportable() -> None:
     check_exportable(Recipe.create(instance_prompt="x", skip="auto", cache_dtype="bfloat16", draws=3))
     check_exportable(Recipe.create(instance_prompt="x", gradient="zeroth_order"))
+    check_exportable(Recipe.create(instance_prompt="x", method="scales", weight_bits=8))

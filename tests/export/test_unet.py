@@ -30,7 +30,7 @@ def test_steps_equal_pytorch(bundle: Bundle, small_unet: ModelFolder, mode: Mode
     found = verify(bundle, model=small_unet.path, steps=steps, mode=mode)
     assert found.passed, (found.loss, found.worst_parameter, found.parameters[found.worst_parameter])
     assert max(found.parameters.values()) <= TOLERANCE
-    assert len(found.gradients) == sum(item.offset is not None for item in bundle.manifest.lora.parameters) > 8
+    assert len(found.gradients) == sum(item.offset is not None for item in bundle.manifest.tuned.parameters) > 8
 
 
 def test_the_manifest_says_what_a_unet_is(bundle: Bundle) -> None:
@@ -40,7 +40,7 @@ def test_the_manifest_says_what_a_unet_is(bundle: Bundle) -> None:
     assert middle.replaces
     assert middle.features == (f"features_{middle.start}_{middle.stop}_image",)
     assert (manifest.noise_schedule.kind, manifest.noise_schedule.objective) == ("ddpm", "v_prediction")
-    assert all(parameter.key.startswith("unet.") for parameter in manifest.lora.parameters)
+    assert all(parameter.key.startswith("unet.") for parameter in manifest.tuned.parameters)
     steps = manifest.noise_schedule.ddim
     assert steps is not None and (steps.spacing, steps.offset) == ("leading", 1)
     assert steps.final_signal == manifest.noise_schedule.signal[0]  # type: ignore[index]

@@ -11,6 +11,7 @@ parameters, so that AdamW leaves those that were not used alone. A batch may mix
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.sampling.intervals import TIMESTEPS, interval_of
 from pocketune.step import Batch
 from pocketune.weights.layers import PackedConv2d, PackedLayer, Scales, Selected
 from pocketune.weights.quantizers import QUANTIZERS, Quantization, pack_layers
 from pocketune.weights.store import WeightStore
-
-TIMESTEPS = 1000
 
 
 class ScalesMethod:
@@ -54,8 +54,7 @@ class ScalesMethod:
             RecipeError: no layer is packed.
         """
         adapter.model.requires_grad_(False)
-        kept = tuple(f"{adapter.block_name(index)}." for index in plan.kept)
-        names = [name for name in packed_layers(adapter.model) if not plan.skipped or name.startswith(kept)]
+        names = trained_layers(adapter, plan, packed_layers(adapter.model))
         if not names:
             msg = 'method = "scales" tunes scales of packed weights, and none are packed. Set weight_bits to 8 or 4.'
             raise RecipeError(msg)
@@ -70,14 +69,7 @@ class ScalesMethod:
     def save(self, adapter: DenoiserAdapter, tuned: Tuned, path: Path, *, recipe: Recipe) -> None:
         """Write the scales, and in the metadata all that packs the same weights again."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in tuned.parameters.items()}
-        metadata = {
-            METHOD_KEY: "scales",
-            "bits": str(recipe.weight_bits),
-            "quantizer": recipe.quantizer,
-            "intervals": str(recipe.scale_intervals),
-            "denoiser": type(adapter.model).__name__,
-            "codes": codes_digest(adapter.model, list(tensors)),
-        }
+        metadata = metadata_of(recipe, adapter.model, codes=codes_digest(adapter.model, list(tensors)))
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
             partial.write_bytes(with_sorted_metadata(partial.read_bytes()))
@@ -97,6 +89,24 @@ class ScalesMethod:
             FileFormatError: the file is damaged or of another model, or its quantizer now gives other codes.
         """
         load_scales(getattr(pipeline, folder.family.component), path, folder)
+
+
+def trained_layers(adapter: DenoiserAdapter, plan: BlockPlan, packed: Iterable[str]) -> list[str]:
+    """Those of the packed layers whose scales train: of kept blocks, or all of them where nothing is skipped."""
+    kept = tuple(f"{adapter.block_name(index)}." for index in plan.kept)
+    return [name for name in packed if not plan.skipped or name.startswith(kept)]
+
+
+def metadata_of(recipe: Recipe, model: nn.Module, *, codes: str) -> dict[str, str]:
+    """What a file of scales says of itself. model: the denoiser; codes: their digest."""
+    return {
+        METHOD_KEY: "scales",
+        "bits": str(recipe.weight_bits),
+        "quantizer": recipe.quantizer,
+        "intervals": str(recipe.scale_intervals),
+        "denoiser": type(model).__name__,
+        "codes": codes,
+    }
 
 
 def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
@@ -169,8 +179,8 @@ def packed_layers(model: nn.Module) -> list[str]:
 
 
 def intervals_of(timesteps: Tensor, intervals: int) -> tuple[int, ...]:
-    """The interval of each timestep, i = floor(t N / T), 0 the least noisy."""
-    return tuple(min(int(float(t) * intervals / TIMESTEPS), intervals - 1) for t in timesteps.flatten())
+    """The interval of each timestep."""
+    return tuple(interval_of(float(timestep), intervals) for timestep in timesteps.flatten())
 
 
 def follow_timesteps(model: nn.Module, selected: Selected, intervals: int) -> None:
@@ -220,11 +230,15 @@ def quantization_of(recipe: Recipe) -> Quantization | None:
 
 def codes_digest(model: nn.Module, names: list[str]) -> str:
     """A hash of the codes that scales belong to. names: of the scales."""
+    layers = (model.get_submodule(name) for name in sorted({name.rsplit(".scales.", 1)[0] for name in names}))
+    return digest_of(layer.codes for layer in layers if isinstance(layer, PackedLayer))
+
+
+def digest_of(codes: Iterable[Tensor]) -> str:
+    """A hash of the codes of some layers, in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted({name.rsplit(".scales.", 1)[0] for name in names}):
-        layer = model.get_submodule(name)
-        if isinstance(layer, PackedLayer):
-            digest.update(layer.codes.cpu().numpy().tobytes())
+    for of_layer in codes:
+        digest.update(of_layer.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -85,7 +85,7 @@ def pack_layers(
     """
     names = set()
     for path, layer in list(model.named_modules()):
-        if not _packs(layer, quantization.bits):
+        if not packs(layer, quantization.bits):
             continue
         packed = quantization.pack(read(f"{path}.weight").to(device))
         kind = PackedLinear if isinstance(layer, nn.Linear) else PackedConv2d
@@ -95,7 +95,8 @@ def pack_layers(
     return names
 
 
-def _packs(layer: nn.Module, bits: int) -> bool:
+def packs(layer: nn.Module, bits: int) -> bool:
+    """Whether a layer is one that `pack_layers` packs."""
     # By exact type: subclasses may compute something else.
     if type(layer) is nn.Conv2d:
         usual = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
