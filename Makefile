@@ -8,7 +8,7 @@ TORCH := torch==2.13.0
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: install demo test nightly aarch64 optimum executorch table clean
+.PHONY: install demo test nightly aarch64 optimum executorch quant table clean
 
 install: $(STAMP)
 
@@ -41,9 +41,10 @@ nightly: install
 aarch64: install
 	PIP="$(BIN)/python -m pip" tests/aarch64/prepare.sh build/aarch64
 
-# Apart from `dev`, because it brings torchao, of which diffusers, transformers and peft make remarks at import.
-executorch: install
-	$(PIP) --editable ".[executorch]"
+# Apart from `dev`, because they bring torchao, of which diffusers, transformers and peft make remarks at import. Tests of the
+# quantizer "hqq" and of ExecuTorch run where they are there.
+executorch quant: install
+	$(PIP) --editable ".[$@]"
 
 optimum:
 	$(PYTHON) -m venv build/optimum

@@ -66,7 +66,7 @@ class Graph(Strict):
     )
     part: Count = Field(description="Which piece of a block's graph, where that is cut; all run in order. Else 0.")
     parameters: tuple[Count, Count] | None = Field(
-        description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without LoRA."
+        description="Slice [start, stop) of the flat vector that its `parameters` and `gradients` are; null without any."
     )
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)

@@ -1,13 +1,17 @@
 """The law of bundles over packed weights: scales and LoRA train as PyTorch's do, and the weights stay packed in the graphs."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from torch import Tensor
 
 from pocketune.models.load import ModelFolder
+from pocketune.weights.quant import Packed
+from pocketune.weights.quantizers import QUANTIZERS, minmax
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import neutral, start_values
 from pocketune_edge.errors import SettingError
@@ -81,6 +85,20 @@ def test_packed_weights_are_stored_once_and_dequantized_where_used(bundles: Mapp
             assert found[name].data_type == TensorProto.UINT8
             assert list(found[name].dims) == [64, 64 * int(str(bits)) // 8]
     assert readers >= 2
+
+
+def test_zeros_that_a_quantizer_fits_need_not_be_whole(
+    export_small: Exporting, small_model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of torchao's HQQ, which is not needed here."""
+
+    def fitted(matrix: Tensor, bits: int) -> Packed:
+        packed = minmax(matrix, bits)
+        return replace(packed, zeros=packed.zeros.float() + 0.25)
+
+    monkeypatch.setitem(QUANTIZERS, "hqq", fitted)
+    bundle = export_small(weight_bits=4, quantizer="hqq", skip="0,2")["fp32"]
+    assert verify(bundle, model=small_model.path, steps=3).passed
 
 
 def test_scales_outside_of_blocks_train_in_one_graph_alone(bundles: Mapping[str, Bundle]) -> None:
