@@ -20,6 +20,7 @@ from pocketune.recipe import Recipe
 from pocketune.tensorfile import open_tensor_file
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
 
 
 def row(name: str, peak: float) -> dict[str, object]:
@@ -122,3 +123,15 @@ def test_cost_table_takes_medians_of_the_warm_rounds_of_the_newest_run() -> None
     assert "in memory | 4.0 | 9.0 | 30 |" in table
     assert "1.25 times" in table and "all: 0.50." in table
     assert streaming_cost.cost_table([]) == ""
+
+
+def test_committed_table_is_that_of_the_committed_rows() -> None:
+    rows = read_rows(ROOT / "benchmarks" / "results" / "memory.jsonl")
+    assert rows and (ROOT / "docs" / "tables" / "memory.md").read_text(encoding="utf-8") == memory_table(rows)
+
+
+def test_committed_rows_keep_what_is_promised() -> None:
+    newest = {row["job"]: row for row in read_rows(ROOT / "benchmarks" / "results" / "memory.jsonl")}
+    promised = {name: job.bound_mb for name, job in JOBS.items() if job.bound_mb and name in newest}
+    assert {"sd35-256-half", "sd15-512"} <= promised.keys()
+    assert all(newest[name]["peak_rss_bytes"] <= mb * 1e6 for name, mb in promised.items())
