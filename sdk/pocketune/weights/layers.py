@@ -134,7 +134,7 @@ class PackedLinear(PackedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         """(.., in) to (.., out)."""
         output = self.product(input)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output.add_(self.bias)  # in place: the product keeps no output for backward
 
     def multiply(self, inputs: Tensor, tile: Tensor) -> Tensor:
         """(.., in) with (rows, in) to (.., rows)."""
@@ -159,7 +159,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name for it
         """(batch, in, height, width) to (batch, out, height, width)."""
         output = self.product(input)
-        return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+        return output if self.bias is None else output.add_(self.bias.view(-1, 1, 1))
 
     def multiply(self, inputs: Tensor, tile: Tensor) -> Tensor:
         """Some channels of the convolution."""
@@ -176,7 +176,8 @@ class _Product(torch.autograd.Function):
         ctx.layer, ctx.shape = layer, inputs.shape
         ctx.save_for_backward(None if s_out is None else inputs, s_in, s_out)
         scaled = inputs if s_in is None else inputs * _along(s_in, layer, inputs)
-        output = torch.cat([layer.multiply(scaled, tile) for _, tile in layer.tiles(inputs)], dim=layer.channels)
+        parts = [layer.multiply(scaled, tile) for _, tile in layer.tiles(inputs)]
+        output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=layer.channels)
         return output.mul_(_along(_rows(layer, s_out), layer, output))
 
     @staticmethod
@@ -192,7 +193,7 @@ class _Product(torch.autograd.Function):
         for part, tile in layer.tiles(gradient):
             here = gradient[..., part] if channels == -1 else gradient[:, part]
             if wants_out:
-                s_out_parts.append(_sum(here * layer.multiply(scaled, tile), channels) * layer.base[part])
+                s_out_parts.append(_sum(layer.multiply(scaled, tile).mul_(here), channels) * layer.base[part])
             if wants_inputs or wants_in:
                 share = layer.multiply_back(here * _along(rows[part], layer, here), tile, ctx.shape)
                 back = share if back is None else back.add_(share)
