@@ -41,8 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks.memory.weights import model_folder
 
             measure(model_folder(_MODEL, options.models), resolution=256, skip=_HALF, rounds=options.rounds, out=options.out)
-        write_text(options.table_file, cost_table(read_rows(options.out)))
-        print(f"wrote {options.table_file}")
+        table = cost_table(read_rows(options.out))
+        if table:
+            write_text(options.table_file, table)
+            print(f"wrote {options.table_file}")
     except PocketuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
