@@ -1,7 +1,8 @@
 """The law of bundles over packed weights: scales and LoRA train as PyTorch's do, and the weights stay packed in the graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import onnx
@@ -30,9 +31,13 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+FAST = "scales of a block"
+
+
 @pytest.fixture(scope="module")
-def bundles(export_small: Exporting) -> Mapping[str, Bundle]:
-    return {name: export_small(**changes)["fp32"] for name, changes in KINDS.items()}
+def bundle_of(export_small: Exporting) -> Callable[[str], Bundle]:
+    """Exports a kind when a test first asks for it."""
+    return cache(lambda kind: export_small(**KINDS[kind])["fp32"])
 
 
 @pytest.mark.parametrize(
@@ -40,21 +45,23 @@ def bundles(export_small: Exporting) -> Mapping[str, Bundle]:
     [
         ("scales of a block", "one graph"),
         ("scales of a block", "streaming"),
-        ("peqa", "streaming"),
-        ("all scales", "one graph"),
-        ("zeroth order", "streaming"),
-        ("lora", "one graph"),
+        pytest.param("peqa", "streaming", marks=pytest.mark.slow),
+        pytest.param("all scales", "one graph", marks=pytest.mark.slow),
+        pytest.param("zeroth order", "streaming", marks=pytest.mark.slow),
+        pytest.param("lora", "one graph", marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_equal_pytorch(bundles: Mapping[str, Bundle], small_model: ModelFolder, kind: str, mode: Mode) -> None:
+def test_twenty_steps_equal_pytorch(
+    bundle_of: Callable[[str], Bundle], small_model: ModelFolder, kind: str, mode: Mode
+) -> None:
     """PyTorch's side trains its own packed layers, which share no code with the graphs."""
-    found = verify(bundles[kind], model=small_model.path, steps=20, mode=mode)
+    found = verify(bundle_of(kind), model=small_model.path, steps=20, mode=mode)
     assert found.passed, (found.worst_parameter, found.parameters[found.worst_parameter], found.worst_gradient, found.loss)
     assert bool(found.gradients) == (kind != "zeroth order")
 
 
-def test_every_interval_trains_its_own(bundles: Mapping[str, Bundle]) -> None:
-    bundle = bundles["scales of a block"]
+def test_every_interval_trains_its_own(bundle_of: Callable[[str], Bundle]) -> None:
+    bundle = bundle_of(FAST)
     tuned, state = bundle.manifest.tuned, fresh_state(start_values(bundle), intervals=3)
     given = {name: tensor.numpy() for name, tensor in random_batch(bundle.manifest, seed=0).items()}
     after = open_steps(bundle)(state, [given | {"timesteps": np.array([900.0, 20.0], np.float32)}]).state
@@ -63,19 +70,18 @@ def test_every_interval_trains_its_own(bundles: Mapping[str, Bundle]) -> None:
     assert after.updates == (1, 0, 1)
 
 
-def test_fresh_scales_change_nothing(bundles: Mapping[str, Bundle]) -> None:
-    for bundle in bundles.values():
-        if bundle.manifest.tuned.method == "scales":
-            assert np.array_equal(start_values(bundle).flat, neutral(bundle.manifest.tuned))
+def test_fresh_scales_change_nothing(bundle_of: Callable[[str], Bundle]) -> None:
+    bundle = bundle_of(FAST)
+    assert np.array_equal(start_values(bundle).flat, neutral(bundle.manifest.tuned))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_are_stored_once_and_dequantized_where_used(bundles: Mapping[str, Bundle], kind: str) -> None:
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind != FAST else ()) for kind in KINDS])
+def test_packed_weights_are_stored_once_and_dequantized_where_used(bundle_of: Callable[[str], Bundle], kind: str) -> None:
     bits = KINDS[kind]["weight_bits"]
     name = f"transformer.transformer_blocks.1.attn.to_q.weight.packed{bits}.weight"
     readers = 0
-    for graph in bundles[kind].manifest.graphs:
-        model = onnx.load_model_from_string(bundles[kind].read(graph.file))
+    for graph in bundle_of(kind).manifest.graphs:
+        model = onnx.load_model_from_string(bundle_of(kind).read(graph.file))
         found = {tensor.name: tensor for tensor in model.graph.initializer}
         assert not any(
             key.startswith("transformer.transformer_blocks.1.attn.to_q.weight") and "packed" not in key for key in found
@@ -87,6 +93,7 @@ def test_packed_weights_are_stored_once_and_dequantized_where_used(bundles: Mapp
     assert readers >= 2
 
 
+@pytest.mark.slow
 def test_zeros_that_a_quantizer_fits_need_not_be_whole(
     export_small: Exporting, small_model: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +108,7 @@ def test_zeros_that_a_quantizer_fits_need_not_be_whole(
     assert verify(bundle, model=small_model.path, steps=3).passed
 
 
-def test_scales_outside_of_blocks_train_in_one_graph_alone(bundles: Mapping[str, Bundle]) -> None:
+@pytest.mark.slow
+def test_scales_outside_of_blocks_train_in_one_graph_alone(bundle_of: Callable[[str], Bundle]) -> None:
     with pytest.raises(SettingError, match="without --streaming"):
-        open_steps(bundles["all scales"], "streaming")
+        open_steps(bundle_of("all scales"), "streaming")
