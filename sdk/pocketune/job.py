@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from pocketune.phases.pictures import make_class_images, sample_pairs
 from pocketune.phases.planning import check_resolution, plan_blocks
 from pocketune.phases.state import Job
 from pocketune.phases.training import train_and_save
-from pocketune.photos import Photo, load_photos
+from pocketune.photos import MAX_PHOTO_SIDE, Photo, load_photos
 from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
@@ -36,7 +37,6 @@ from pocketune.sample import default_device
 from pocketune.sampling.draws import Kind, refresh_periods
 from pocketune.watch import Watch
 
-MAX_PHOTO_SIDE = 2048
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
 
 
@@ -50,6 +50,7 @@ def personalize(
     resume: bool = False,
     device: str | None = None,
     memory_budget: str | int | None = None,
+    memory_plan: dict[str, Any] | None = None,
     on_progress: OnProgress = ignore,
 ) -> RunRecord:
     """Train a LoRA of the subject in some photos.
@@ -64,6 +65,8 @@ def personalize(
         device: torch device; default: CUDA where there is one.
         memory_budget: main memory that the job may take, in bytes or as "1GiB". The fastest settings that fit are planned
             before anything starts, and the job stops with a checkpoint rather than take more.
+        memory_plan: for this budget, made by `pocketune.budget.apart` before this process had its libraries; default: it is
+            made now, by a process beside this one.
         on_progress: called with every bit of progress.
 
     Returns:
@@ -97,8 +100,9 @@ def personalize(
             folder=folder,
             run=run,
             resume=resume,
-            pictures=pictures,
+            photos=[str(one) for one in ([photos] if isinstance(photos, str | Path) else photos)],
             device=place,
+            made=memory_plan,
             watch=watch,
         )
         guard = guard_of(plan, place)

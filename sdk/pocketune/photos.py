@@ -23,6 +23,7 @@ from pocketune.errors import PhotoError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"})
 """What makes a file in a folder a photo. A file that is named explicitly may have any name."""
 MAX_PIXELS = 100_000_000
+MAX_PHOTO_SIDE = 2048
 MAX_FILE_BYTES = 500_000_000
 
 _FORMATS = ("JPEG", "PNG", "WEBP")

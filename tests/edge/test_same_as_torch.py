@@ -16,9 +16,9 @@ from pocketune import checkpoint as torch_checkpoint
 from pocketune.delta import save_lora as save_lora_with_diffusers
 from pocketune.errors import RunError
 from pocketune.features.cache import cache_key
-from pocketune.job import MAX_PHOTO_SIDE as TORCH_MAX_PHOTO_SIDE
 from pocketune.methods.lora import add_lora
 from pocketune.models.load import ModelFolder
+from pocketune.photos import MAX_PHOTO_SIDE as TORCH_MAX_PHOTO_SIDE
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import NoiseSchedule as TorchNoiseSchedule
 from pocketune.train import new_optimizer

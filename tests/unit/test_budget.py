@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketune.budget import planning
+from pocketune.budget import apart, planning
 from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ladder import changes, rungs
 from pocketune.budget.ledger import Ledger
@@ -140,7 +140,7 @@ def test_no_weights_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(mapped.MappedFile, "__init__", refuse)
     for weights in ("resident", "streamed"):
-        assert planning.plan_memory(asked(weights=weights), planning.Question(model=str(tiny_folder), floor_bytes=FLOOR))
+        assert planning.plan_memory(asked(weights=weights), apart.Question(model=str(tiny_folder), floor_bytes=FLOOR))
 
 
 def test_a_word_is_not_planned_for(ledgers: Ledgers) -> None:
@@ -166,9 +166,9 @@ def test_a_gpu_has_a_budget_of_its_own(tiny_model: ModelFolder) -> None:
 
 
 def test_a_control_group_below_the_budget_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "read_limits", lambda: CgroupLimits(memory_bytes=2**29))
-    assert planning.within_limits(2**30) == (
+    monkeypatch.setattr(apart, "read_limits", lambda: CgroupLimits(memory_bytes=2**29))
+    assert apart.within_limits(2**30) == (
         2**29,
         "a control group limits this process to 512 MiB, which is less than the budget",
     )
-    assert planning.within_limits(2**28) == (2**28, None)
+    assert apart.within_limits(2**28) == (2**28, None)

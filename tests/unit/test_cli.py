@@ -208,6 +208,24 @@ def test_mistakes_of_the_program_are_not_dressed_up(job: FakeJob) -> None:
     assert isinstance(runner.invoke(cli.app, ["personalize", "a.jpg", *TOY, "--out", "run"]).exception, ZeroDivisionError)
 
 
+def test_a_budget_is_planned_before_the_libraries_are_there(
+    job: FakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        personalizing, "ask_apart", lambda recipe, question: asked.append((recipe, question)) or {"settings": {}}
+    )
+    command = ["personalize", "a.jpg", *TOY, "--out", str(tmp_path / "run"), "--memory-budget", "1GiB"]
+    assert runner.invoke(cli.app, command).exit_code == 0
+    assert job.calls[-1]["memory_budget"] == 2**30
+    assert job.calls[-1]["memory_plan"] == {"settings": {}}
+    assert asked[0][1].photos == ("a.jpg",)
+    assert runner.invoke(cli.app, [*command, "--resume"]).exit_code == 0
+    assert job.calls[-1]["memory_plan"] is None
+    assert len(asked) == 1
+    one_line(runner.invoke(cli.app, [*command[:-1], "much"]).stderr, "error: ")
+
+
 def test_missing_extra_is_named() -> None:
     with pytest.raises(PocketuneError, match=r"needs torch.*pocketune\[train\]"), needing_extra("train"):
         raise ModuleNotFoundError(name="torch")

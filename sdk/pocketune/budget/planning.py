@@ -5,48 +5,22 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from pocketune import errors
 from pocketune.allocator import trim
+from pocketune.budget.apart import Question, ask_apart
 from pocketune.budget.search import MemoryPlan, choose
-from pocketune.budget.sizes import readable
 from pocketune.budget.whole import Ledgers, Setting, model_to_plan
-from pocketune.cgroups import read_limits
-from pocketune.errors import PlanError
 from pocketune.memory import read_memory
 from pocketune.models.load import ModelFolder
+from pocketune.photos import MAX_PHOTO_SIDE, load_photos
 from pocketune.recipe import Recipe
+from pocketune.sample import default_device
 
 _JOB = "pocketune.job"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is to be planned.
-
-    Attributes:
-        model: built-in name, published name, diffusers folder or hub id.
-        budget_bytes: main memory; None: no budget.
-        device_budget_bytes: memory of a GPU; None: none, or no bound.
-        device: torch device.
-        floor_bytes: of interpreter and libraries; None: what this process takes.
-        photo_bytes: of the photos in memory; None: a typical handful.
-        where: named in a refusal.
-    """
-
-    model: str
-    budget_bytes: int | None = None
-    device_budget_bytes: int | None = None
-    device: str = "cpu"
-    floor_bytes: int | None = None
-    photo_bytes: int | None = None
-    where: str = ""
 
 
 def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
@@ -58,13 +32,19 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     """
     folder = model_to_plan(question.model)
     floor = measured_floor(folder) if question.floor_bytes is None else question.floor_bytes
-    setting = Setting(folder=folder, device=torch.device(question.device), floor_bytes=floor, photo_bytes=question.photo_bytes)
+    device = torch.device(question.device or default_device())
+    photos = None
+    if question.photos:
+        pictures = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)
+        photos = sum(picture.image.width * picture.image.height * 3 for picture in pictures)
+        del pictures
+    setting = Setting(folder=folder, device=device, floor_bytes=floor, photo_bytes=photos)
     return choose(
         recipe,
         Ledgers(setting),
         folder,
         budget_bytes=question.budget_bytes,
-        device_budget_bytes=question.device_budget_bytes,
+        device_budget_bytes=int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None,
         where=question.where,
     )
 
@@ -75,18 +55,7 @@ def plan_apart(recipe: Recipe, question: Question) -> MemoryPlan:
     Raises:
         PlanError, ModelError, RecipeError: as of `plan_memory`.
     """
-    asked = {"recipe": recipe.model_dump(mode="json", exclude_unset=True), "question": asdict(question)}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=False
-    )
-    lines = done.stdout.splitlines()
-    if done.returncode != 0 or not lines:
-        msg = f"planning ended with status {done.returncode} and no plan. Run `pocketune plan` to see why."
-        raise PlanError(msg)
-    answer: dict[str, Any] = json.loads(lines[-1])
-    if "error" in answer:
-        raise getattr(errors, answer["kind"])(answer["error"])
-    return MemoryPlan.from_dict(recipe, answer)
+    return MemoryPlan.from_dict(recipe, ask_apart(recipe, question))
 
 
 def measured_floor(folder: ModelFolder) -> int:
@@ -98,14 +67,6 @@ def measured_floor(folder: ModelFolder) -> int:
     gc.collect()
     trim()
     return read_memory().rss_bytes
-
-
-def within_limits(budget_bytes: int | None) -> tuple[int | None, str | None]:
-    """A budget, or what a control group leaves where that is less; and what to say about it."""
-    limit = read_limits().memory_bytes
-    if limit is None or budget_bytes is None or budget_bytes <= limit:
-        return budget_bytes, None
-    return limit, f"a control group limits this process to {readable(limit)}, which is less than the budget"
 
 
 def _answer() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pocketune.budget.apart import Question, ask_apart, within_limits
 from pocketune.budget.sizes import parse_size
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, QuietOption, recipe_of
@@ -69,7 +70,12 @@ def personalize(
     }
     with clear_errors(run=out):
         settings = recipe_of(recipe, asked)
-        budget = {} if memory_budget is None else {"memory_budget": parse_size(memory_budget)}
+        budget: dict[str, Any] = {}
+        if memory_budget is not None:
+            size, _ = within_limits(parse_size(memory_budget))
+            # Before the libraries are here: planning takes as much memory as they do, for a moment.
+            question = Question(model=model, budget_bytes=size, photos=tuple(map(str, photos)))
+            budget = {"memory_budget": size, "memory_plan": None if resume else ask_apart(settings, question)}
         run_job = import_job(lean=settings.saves_memory or memory_budget is not None)
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
             record = run_job(photos, recipe=settings, out=out, model=model, resume=resume, on_progress=display, **budget)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pocketune.budget.apart import Question
 from pocketune.budget.sizes import parse_size, readable
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, recipe_of
@@ -59,7 +60,7 @@ def plan(
         if memory_budget is not None:
             budget = min(parse_size(memory_budget), budget or parse_size(memory_budget))
         with needing_extra("train"), without_scipy():
-            from pocketune.budget.planning import Question, plan_memory
+            from pocketune.budget.planning import plan_memory
             from pocketune.budget.speed import speed_of
         where = f" on '{profile.name}'" if profile else ""
         found = plan_memory(settings, Question(model=model, budget_bytes=budget, where=where))

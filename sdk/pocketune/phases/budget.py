@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from pocketune.atomic import write_text
-from pocketune.budget.planning import Question, measured_floor, plan_apart, within_limits
+from pocketune.budget.apart import Question, within_limits
+from pocketune.budget.planning import measured_floor, plan_apart
 from pocketune.budget.search import MemoryPlan
 from pocketune.budget.sizes import parse_size, readable
 from pocketune.errors import BudgetError, RunError
 from pocketune.guard import Guard
 from pocketune.models.load import ModelFolder
-from pocketune.photos import Photo
 from pocketune.recipe import Recipe
 from pocketune.watch import Watch
 
@@ -31,8 +31,9 @@ def plan_job(
     folder: ModelFolder,
     run: Path,
     resume: bool,
-    pictures: Sequence[Photo],
+    photos: Sequence[str],
     device: torch.device,
+    made: dict[str, Any] | None,
     watch: Watch,
 ) -> MemoryPlan:
     """The plan of a new job, or the one that an interrupted job was begun with; progress says its peak.
@@ -44,8 +45,9 @@ def plan_job(
         folder: the model, opened.
         run: the RUN folder.
         resume: whether a job goes on.
-        pictures: the photos.
+        photos: their paths.
         device: where the arithmetic is done.
+        made: a plan as plain data that was made for all of this already.
         watch: of the job.
 
     Raises:
@@ -56,14 +58,15 @@ def plan_job(
         kept = run / PLAN_FILE
         if resume and kept.is_file():
             plan = MemoryPlan.from_dict(recipe, _read(kept) | {"budget_bytes": bound})
+        elif made is not None:
+            plan = MemoryPlan.from_dict(recipe, made)
         else:
             question = Question(
                 model=model,
                 budget_bytes=bound,
-                device_budget_bytes=_free_bytes(device),
                 device=str(device),
                 floor_bytes=measured_floor(folder),
-                photo_bytes=sum(picture.image.width * picture.image.height * 3 for picture in pictures),
+                photos=tuple(photos),
             )
             plan = plan_apart(recipe, question)
         changed = ", ".join(f"{trade.setting} {trade.planned}" for trade in plan.trades) or "the recipe as it is"
@@ -104,10 +107,6 @@ def predicted(plan: MemoryPlan) -> dict[str, Any]:
         "settings": {trade.setting: trade.planned for trade in plan.trades},
         "phases": phases,
     }
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def _read(path: Path) -> dict[str, Any]:
