@@ -57,6 +57,7 @@ table: install
 	$(BIN)/python -m benchmarks.edge_memory --table-only
 	$(BIN)/python -m benchmarks.edge_speed --table-only
 	$(BIN)/python -m benchmarks.memory --table-only
+	$(BIN)/python -m benchmarks.streaming_cost --table-only
 	$(BIN)/python -m benchmarks.insert_tables
 
 clean:

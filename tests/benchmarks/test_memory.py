@@ -135,3 +135,10 @@ def test_committed_rows_keep_what_is_promised() -> None:
     promised = {name: job.bound_mb for name, job in JOBS.items() if job.bound_mb and name in newest}
     assert {"sd35-256-half", "sd15-512"} <= promised.keys()
     assert all(newest[name]["peak_rss_bytes"] <= mb * 1e6 for name, mb in promised.items())
+
+
+def test_committed_rows_of_streaming_cost_what_is_promised() -> None:
+    rows = [row for row in read_rows(ROOT / "benchmarks" / "results" / "streaming_cost.jsonl") if not row["cold"]]
+    of = [row["cpu_s"] for row in rows]
+    ratios = [(cpu["streamed"] / cpu["resident"], cpu["streamed"] / cpu["all_streamed"]) for cpu in of]
+    assert rows and all(streamed <= 1.25 and half <= 0.55 for streamed, half in ratios)
