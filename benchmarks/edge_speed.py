@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.intervals import RESAMPLES
-from benchmarks.rows import Row, append_row, read_rows
+from benchmarks.rows import Row, add_output_options, append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.errors import PocketuneError
 
@@ -137,9 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pocket-sd3", help="built-in name, diffusers folder or hub id (%(default)s)")
     parser.add_argument("--pairs", type=int, default=40, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edge_speed.jsonl"), help="raw rows (%(default)s)")
-    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
-    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/edge_speed.md"), help="(%(default)s)")
+    add_output_options(parser, "edge_speed")
     return parser
 
 

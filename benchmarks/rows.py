@@ -1,7 +1,11 @@
-"""Raw results as JSON lines: one row a measurement, written as soon as it is there, read back to go on or to make tables."""
+"""Raw results as JSON lines: one row a measurement, written as soon as it is there, read back to go on or to make tables.
+
+The options that say where rows and table lie are those of every benchmark.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,14 @@ from typing import Any
 from pocketune.errors import FileFormatError
 
 Row = dict[str, Any]
+
+
+def add_output_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where a benchmark's rows go and its table is made, and whether rows are measured at all."""
+    rows, table = Path(f"benchmarks/results/{name}.jsonl"), Path(f"docs/tables/{name}.md")
+    parser.add_argument("--out", type=Path, default=rows, help="raw rows (%(default)s)")
+    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
+    parser.add_argument("--table-file", type=Path, default=table, help="(%(default)s)")
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.memory.jobs import JOBS, Job
-from benchmarks.rows import Row, append_row, read_rows
+from benchmarks.rows import Row, add_output_options, append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.errors import PocketuneError
 
@@ -70,9 +70,9 @@ def measure(path: Path, *, resolution: int, skip: str, rounds: int, out: Path, t
     allocator = name_allocator() + (", freed memory returned" if return_freed_memory() else "")
     folder = ModelFolder(path.name, path)
     jobs = {
-        RESIDENT: Job(title="", model="", resolution=resolution, text_tokens=text_tokens, skip=skip, settings=_ALIKE),
-        STREAMED: Job(title="", model="", resolution=resolution, text_tokens=text_tokens, skip=skip, settings=_STREAMED),
-        ALL: Job(title="", model="", resolution=resolution, text_tokens=text_tokens, settings=_STREAMED),
+        RESIDENT: Job(title=RESIDENT, model="", resolution=resolution, text_tokens=text_tokens, skip=skip, settings=_ALIKE),
+        STREAMED: Job(title=STREAMED, model="", resolution=resolution, text_tokens=text_tokens, skip=skip, settings=_STREAMED),
+        ALL: Job(title=ALL, model="", resolution=resolution, text_tokens=text_tokens, settings=_STREAMED),
     }
     steps = {name: _training(folder, job) for name, job in jobs.items()}
     for number in range(rounds + 1):
@@ -102,30 +102,17 @@ def measure(path: Path, *, resolution: int, skip: str, rounds: int, out: Path, t
 
 def _training(folder: ModelFolder, job: Job) -> Callable[[], float]:
     """A step of a training, ready to be run again and again."""
-    import torch
-
-    from benchmarks.memory.measure import RANK, RandomBatches
+    from benchmarks.memory.bench import Bench
+    from benchmarks.memory.measure import recipe_of
     from pocketune.methods.lora import add_lora
-    from pocketune.plan.blocks import parse_plan
-    from pocketune.recipe import Recipe
     from pocketune.train import forget_activations, new_optimizer, train_step
-    from pocketune.weights.fill import Residence
 
-    recipe = Recipe.create(instance_prompt="random", rank=RANK, skip=job.skip, **job.settings)
-    plan = parse_plan(job.skip, folder.block_count)
-    side = job.resolution // (folder.native_resolution // folder.sizes.native)
-    adapter = folder.load_denoiser(
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        blocks=plan.kept,
-        weights=Residence(streamed=recipe.weights == "streamed"),
-        latent_side=side,
-    )
-    parameters = add_lora(adapter, blocks=plan.kept, rank=RANK)
+    recipe = recipe_of(job, steps=1)
+    bench = Bench.of(folder, job, recipe)
+    parameters = add_lora(bench.adapter, blocks=bench.plan.kept, rank=recipe.rank)
     optimizer = new_optimizer(parameters, recipe)
-    forget_activations(adapter, recipe, optimizer, None)
-    batch = RandomBatches(folder, adapter, plan, side=side, text_tokens=job.text_tokens)(())
-    return partial(train_step, adapter, parameters, plan, recipe, batch, optimizer)
+    forget_activations(bench.adapter, recipe, optimizer, None)
+    return partial(train_step, bench.adapter, parameters, bench.plan, recipe, bench.batches(()), optimizer)
 
 
 def _forget(files: Sequence[Path]) -> None:
@@ -185,9 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=3, help="with a warm cache, after a cold one (%(default)s)")
     parser.add_argument("--models", type=Path, default=Path("runs/memory"), help="folder of random weights (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming_cost.jsonl"), help="(%(default)s)")
-    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
-    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/streaming_cost.md"), help="(%(default)s)")
+    add_output_options(parser, "streaming_cost")
     return parser
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.edge_memory import bundle_path
 from benchmarks.edge_memory.table import WEIGHTS, memory_table
-from benchmarks.rows import Row, append_row, read_rows
+from benchmarks.rows import Row, add_output_options, append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.errors import PocketuneError, RunError
 
@@ -110,9 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=WEIGHTS, help="default: all")
     parser.add_argument("--work", type=Path, default=Path("runs/edge_memory"), help="models and bundles (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="do not delete models and bundles")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edge_memory.jsonl"), help="raw rows (%(default)s)")
-    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
-    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/edge_memory.md"), help="(%(default)s)")
+    add_output_options(parser, "edge_memory")
     return parser
 
 

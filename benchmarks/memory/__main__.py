@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.rows import append_row, read_rows
+from benchmarks.rows import add_output_options, append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.lean import without_scipy
 
@@ -94,14 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=3, help="training steps a row (%(default)s)")
     parser.add_argument("--models", type=Path, default=Path("runs/memory"), help="folder of random weights (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.jsonl"), help="raw rows (%(default)s)")
+    add_output_options(parser, "memory")
     parser.add_argument("--table", action="store_true", help="make the table afterwards")
-    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
     parser.add_argument(
         "--predict", action="store_true", help="predict the jobs of the rows that are there, and measure nothing"
     )
     parser.add_argument("--predictions", type=Path, default=PREDICTIONS, help="figures of the planner (%(default)s)")
-    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/memory.md"), help="(%(default)s)")
     parser.add_argument("--row", choices=tuple(JOBS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser

@@ -5,32 +5,27 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
+from benchmarks.memory.bench import Bench
 from benchmarks.memory.jobs import Job
 from benchmarks.rows import Row
 from pocketune.allocator import name_allocator, return_freed_memory
-from pocketune.budget.inputs import shaped_batch
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.memory import MemoryLog, read_peak_rss
-from pocketune.methods.scales import quantization_of
+from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
-from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import BatchMaker
-from pocketune.sampling.draws import Draw
 from pocketune.scratch import Scratch
-from pocketune.step import Batch, predict
+from pocketune.step import predict
 from pocketune.train import train
 from pocketune.tuning import METHODS
-from pocketune.weights.fill import RESIDENT, Residence
 from pocketune.weights.layers import PackedLayer
 
 RANK = 16
@@ -47,26 +42,21 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     floor = read_peak_rss() or 0
     with MemoryLog(interval_s=0.02) as memory, tempfile.TemporaryDirectory(dir=folder) as work:
         memory.phase("loading")
-        plan = parse_plan(job.skip, model.block_count)
-        side = job.resolution // (model.native_resolution // model.sizes.native)
-        adapter = model.load_denoiser(
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            blocks=plan.kept,
-            weights=Residence(streamed=True, bits=recipe.weight_bits) if recipe.weights == "streamed" else RESIDENT,
-            quantization=quantization_of(recipe),
-            latent_side=side,
-        )
-        batches = RandomBatches(model, adapter, plan, side=side, text_tokens=job.text_tokens)
-        marks: list[tuple[float, float]] = []
-        run = _infer if job.inference else _train
-        found = run(adapter, model, plan, recipe, batches, memory=memory, work=Path(work), marks=marks)
+        bench = Bench.of(model, job, recipe)
+        tuned = METHODS[recipe.method].attach(bench.adapter, plan=bench.plan, recipe=recipe, folder=model)
+        memory.phase("inference" if job.inference else "training")
+        marks = [_now()]
+
+        def on_step(*_: Any) -> None:
+            marks.append(_now())
+
+        found = _infer(bench, tuned, on_step) if job.inference else _train(bench, tuned, Path(work), on_step)
     peaks = memory.peaks()
     spans = list(zip(marks[1:], marks[:-1], strict=True))
     return {
         **identity_of(name, job),
         **found,
-        "packed_bytes": _packed_bytes(adapter),
+        "packed_bytes": _packed_bytes(bench.adapter),
         "steps": steps,
         "peak_rss_bytes": read_peak_rss(),
         "peak_anonymous_bytes": max(reading.anonymous_bytes for reading in peaks.values()),
@@ -81,32 +71,20 @@ def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     }
 
 
-def _train(
-    adapter: DenoiserAdapter,
-    model: ModelFolder,
-    plan: BlockPlan,
-    recipe: Recipe,
-    batches: RandomBatches,
-    *,
-    memory: MemoryLog,
-    work: Path,
-    marks: list[tuple[float, float]],
-) -> Row:
-    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
-    memory.phase("training")
+def _train(bench: Bench, tuned: Tuned, work: Path, on_step: Callable[..., None]) -> Row:
+    recipe = bench.recipe
     scratch = Scratch(work) if recipe.activations == "on_disk" else None
-    marks.append(_now())
     losses = train(
-        adapter,
+        bench.adapter,
         tuned,
-        plan,
+        bench.plan,
         recipe,
         [()] * recipe.steps,
-        cast(BatchMaker, batches),
+        cast(BatchMaker, bench.batches),
         cache=None,
         checkpoints=CheckpointFolder(work, fingerprint=""),
         scratch=scratch,
-        on_step=lambda *_: marks.append(_now()),
+        on_step=on_step,
     )
     return {
         "trained_parameters": sum(parameter.numel() for parameter in tuned.parameters.values()),
@@ -116,24 +94,11 @@ def _train(
 
 
 @torch.no_grad()
-def _infer(
-    adapter: DenoiserAdapter,
-    model: ModelFolder,
-    plan: BlockPlan,
-    recipe: Recipe,
-    batches: RandomBatches,
-    *,
-    memory: MemoryLog,
-    work: Path,  # noqa: ARG001 - as of _train
-    marks: list[tuple[float, float]],
-) -> Row:
-    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
-    memory.phase("inference")
-    marks.append(_now())
+def _infer(bench: Bench, tuned: Tuned, on_step: Callable[..., None]) -> Row:
     finite = True
-    for _ in range(recipe.steps):
-        finite = finite and bool(torch.isfinite(predict(adapter, plan, batches(()))).all())
-        marks.append(_now())
+    for _ in range(bench.recipe.steps):
+        finite = finite and bool(torch.isfinite(predict(bench.adapter, bench.plan, bench.batches(()))).all())
+        on_step()
     adapted = sum(parameter.numel() for parameter in tuned.parameters.values())
     return {"trained_parameters": 0, "adapter_parameters": adapted, "finite": finite, "spilled_bytes_per_step": 0}
 
@@ -166,27 +131,3 @@ def identity_of(name: str, job: Job) -> Row:
         "rank": job.settings.get("rank", RANK),
         "weights": "random bfloat16, a block of 64 MB repeated; arithmetic in float32",
     }
-
-
-class RandomBatches:
-    """Stands for a `BatchMaker`: random tensors in the shapes of a job, with features of the skipped spans."""
-
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-    def __init__(self, model: ModelFolder, adapter: DenoiserAdapter, plan: BlockPlan, *, side: int, text_tokens: int) -> None:
-        self._model, self._adapter, self._plan = model, adapter, plan
-        self._side, self._text_tokens = side, text_tokens
-        self._generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, draws: Sequence[Draw], features: Any = None) -> Batch:  # noqa: ARG002 - all is random here
-        """The inputs of a step, with features of the skipped spans."""
-        sigma = torch.full((1,), 0.6)
-        alphas = None if self._model.family.flow_matching else (1 - sigma**2) ** 0.5
-        batch = shaped_batch(
-            self._model, self._adapter, self._plan, self._random, samples=1, side=self._side, tokens=self._text_tokens
-        )
-        return replace(batch, timesteps=1000 * sigma, sigmas=sigma, alphas=alphas, loss_weights=torch.ones(1))
-
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)

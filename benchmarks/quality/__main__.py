@@ -30,7 +30,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import quality_table
-from benchmarks.rows import Row, read_rows
+from benchmarks.rows import Row, add_output_options, read_rows
 from benchmarks.steering import quiet_loading, weights_digest
 from pocketune.atomic import write_text
 from pocketune.embedders import DEFAULT_MODELS
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--subjects", type=int, help="only the first N subjects")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0], help="as 0,1,2")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.jsonl"), help="raw rows (%(default)s)")
+    add_output_options(parser, "quality")
     parser.add_argument("--costs", action="store_true", help="measure memory and time of one training a method instead")
     parser.add_argument("--repeats", type=int, default=3, help="trainings a method, with --costs (%(default)s)")
     parser.add_argument(
@@ -181,8 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-judge", choices=("pocket", "clip"), help="default: pocket, or clip with --data")
     parser.add_argument("--prompt-judge-model", help="local folder or hub id")
     parser.add_argument("--table", action="store_true", help="make the table afterwards")
-    parser.add_argument("--table-only", action="store_true", help="make the table from the rows that are there")
-    parser.add_argument("--table-file", type=Path, default=Path("docs/tables/quality.md"), help="(%(default)s)")
     return parser
 
 

@@ -30,8 +30,8 @@ def stop_at(step: int) -> Any:
     return watch
 
 
-def largest_difference(first: Path, second: Path) -> float:
-    ours, theirs = load_file(first / LORA), load_file(second / LORA)
+def largest_difference(first: Path, second: Path, result: Path = LORA) -> float:
+    ours, theirs = load_file(first / result), load_file(second / result)
     assert ours.keys() == theirs.keys()
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
 

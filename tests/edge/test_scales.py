@@ -18,7 +18,7 @@ from pocketune_edge.job import personalize
 from pocketune_edge.sample import render
 from pocketune_edge.session import Sessions
 from pocketune_export.exporter import export_trainable
-from tests.edge.both_sides import stop_at
+from tests.edge.both_sides import largest_difference, stop_at
 from tests.edge.conftest import edge_recipe
 from tests.tolerances import EDGE_LOSS, EDGE_PARAMETER
 
@@ -39,12 +39,6 @@ def torch_run(tiny_folder: Path, toy_photos: Path, tmp_path_factory: pytest.Temp
     return out, personalize_with_torch(toy_photos, model=tiny_folder, recipe=RECIPE, out=out)
 
 
-def largest_difference(first: Path, second: Path) -> float:
-    ours, theirs = load_file(first / RESULT), load_file(second / RESULT)
-    assert ours.keys() == theirs.keys()
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
-
-
 def test_a_run_changes_sides_and_ends_in_the_file_that_pytorch_writes(
     tiny_folder: Path, bundle: Path, toy_photos: Path, torch_run: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -58,7 +52,7 @@ def test_a_run_changes_sides_and_ends_in_the_file_that_pytorch_writes(
         personalize_with_torch(toy_photos, model=tiny_folder, recipe=RECIPE, out=out, resume=True, on_progress=stop_at(4))
     record = personalize(bundle, toy_photos, out=out, resume=True, threads=1, streaming=True)
     assert list(record["losses"]) == pytest.approx(list(torch_run[1].losses), rel=EDGE_LOSS)
-    assert largest_difference(out, torch_run[0]) < EDGE_PARAMETER
+    assert largest_difference(out, torch_run[0], RESULT) < EDGE_PARAMETER
     moved = load_file(out / RESULT)
     assert max(float(np.abs(value - 1).max()) for value in moved.values()) > 100 * EDGE_PARAMETER
 

@@ -99,10 +99,14 @@ def test_what_does_not_fit_is_refused_before_anything_starts(tiny_folder: Path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_plan_is_said(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(RunError, match=r"plan\.json"):
-        budgeting._read(tmp_path / "plan.json")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"budget_bytes": 1}'])
+def test_a_damaged_plan_is_said(content: str, tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / budgeting.PLAN_FILE).write_text(content)
+    with pytest.raises(RunError, match=r"plan\.json.*without --resume"):
+        personalize(
+            toy_photos, model=tiny_folder, recipe=quick_recipe(), out=tmp_path / "run", memory_budget="20GiB", resume=True
+        )
 
 
 @pytest.mark.slow

@@ -72,9 +72,10 @@ def personalize(
         settings = recipe_of(recipe, asked)
         budget: dict[str, Any] = {}
         if memory_budget is not None:
-            size, _ = within_limits(parse_size(memory_budget))
+            size = parse_size(memory_budget)
+            within, _ = within_limits(size)  # the job says so where that is less
             # Before the libraries are here: planning takes as much memory as they do, for a moment.
-            question = Question(model=model, budget_bytes=size, photos=tuple(map(str, photos)))
+            question = Question(model=model, budget_bytes=within, photos=tuple(map(str, photos)))
             budget = {"memory_budget": size, "memory_plan": None if resume else ask_apart(settings, question)}
         run_job = import_job(lean=settings.saves_memory or memory_budget is not None)
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:

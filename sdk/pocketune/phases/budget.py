@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def plan_job(
         watch: of the job.
 
     Raises:
-        PlanError: nothing fits, or `RUN/plan.json` is not readable.
+        PlanError: nothing fits.
+        RunError: `RUN/plan.json` is not readable.
     """
     with watch.phase("plan"):
         bound, note = within_limits(parse_size(budget) if isinstance(budget, str) else budget)
         kept = run / PLAN_FILE
         if resume and kept.is_file():
-            plan = MemoryPlan.from_dict(recipe, _read(kept) | {"budget_bytes": bound})
+            plan = replace(_kept_plan(kept, recipe), budget_bytes=bound)
         elif made is not None:
             plan = MemoryPlan.from_dict(recipe, made)
         else:
@@ -109,9 +111,9 @@ def predicted(plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _kept_plan(path: Path, recipe: Recipe) -> MemoryPlan:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        msg = f"cannot read {path} ({error}). Start again without --resume."
+        return MemoryPlan.from_dict(recipe, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = f"cannot read the plan {path} ({type(error).__name__}: {error}). Start again in a new RUN, without --resume."
         raise RunError(msg) from error

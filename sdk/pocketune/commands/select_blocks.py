@@ -1,0 +1,59 @@
+"""`pocketune select-blocks`: which blocks of a model can be skipped, found by hiding text in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pocketune.commands.failures import clear_errors, needing_extra
+from pocketune.commands.options import DEFAULT_MODEL, JsonOption, QuietOption
+from pocketune.display import ProgressDisplay, print_facts
+
+
+def select_blocks(
+    out: Annotated[
+        Path, typer.Option("--out", help="The JSON file to write; a page with the same name too.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option("--run", help="A RUN of this model; several. Default for built-in models: rendered toys are trained."),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="Who compares images: pocket, dino or clip; default: pocket for built-in models, else dino."),
+    ] = None,
+    embedder_model: Annotated[str | None, typer.Option(help="Local folder or hub id of DINO or CLIP.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Of the images, each for every prompt; default: 0.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
+    work: Annotated[Path | None, typer.Option(help="Folder of the toys' runs; default: beside --out.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Find which blocks can be skipped, by hiding text in them. A search that was stopped goes on when repeated."""
+    with clear_errors():
+        with needing_extra("train"):
+            from pocketune.choosing import choose_blocks
+        with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
+            selection = choose_blocks(
+                model,
+                out=out,
+                runs=run or [],
+                embedder=embedder,
+                embedder_model=embedder_model,
+                seeds=seed or [0],
+                steps=steps,
+                work=work or out.with_name(f"{out.stem}-runs"),
+                on_progress=display,
+            )
+    if as_json:
+        typer.echo(selection.model_dump_json())
+    elif not quiet:
+        print_facts(Console(), {"selection": str(out), "report": str(out.with_suffix(".html"))})
+        for split in selection.splits():
+            typer.echo(
+                f"{split.first + split.last:3} skipped: first {split.first}, last {split.last} (distance {split.score:.4f})"
+            )
