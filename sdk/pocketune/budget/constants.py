@@ -16,3 +16,6 @@ HEAP_BYTES = 27_000_000
 """Python objects of model and autograd, pages of code that kernels touch first, and buffers inside of kernels."""
 HEAP_BYTES_PER_TENSOR = 45_000
 """Modules, names, optimizer state and small pieces of each trained tensor."""
+
+CONVOLUTION_BYTES, CONVOLUTION_BYTES_PER_SHAPE = 8_100_000, 200_000
+"""Pages of code for convolutions whose windows overlap, and the code that oneDNN makes for each shape; measured one by one."""

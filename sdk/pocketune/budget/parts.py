@@ -38,8 +38,8 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
         encoder, buffer = _text_encoder(folder, part, dtype=torch.float32, streamed=streamed)
         held += _bytes(encoder, streamed=streamed)
         tokens = torch.zeros(1, _length(folder, part), dtype=torch.long, device="meta")
-        peak, work = _pass(lambda encoder=encoder, tokens=tokens: encoder(tokens))  # type: ignore[misc]
-        activations, flops = max(activations, peak), flops + work
+        passed = _pass(lambda encoder=encoder, tokens=tokens: encoder(tokens))  # type: ignore[misc]
+        activations, flops = max(activations, passed.peak_bytes), flops + passed.flops
         largest = max(largest, buffer)
     return PhaseLedger(
         name="text",
@@ -53,15 +53,18 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
 def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops: int, device: torch.device) -> PhaseLedger:
     """The autoencoder over one crop, and the latents of all."""
     vae, buffer = _vae(folder, recipe)
-    peak, flops = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
+    encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
     tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
     streamed = recipe.weights == "streamed"
     return PhaseLedger(
         name="latents",
         items=_items(
-            ((VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)), (ACTIVATIONS, peak, tile)), buffer, device
+            ((VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)), (ACTIVATIONS, encoding.peak_bytes, tile)),
+            buffer,
+            device,
+            convolutions=len(encoding.convolutions),
         ),
-        flops=flops * crops,
+        flops=encoding.flops * crops,
     )
 
 
@@ -78,16 +81,16 @@ def samples_phase(
     adapter, tiles = denoiser_skeleton(folder, unpacked, blocks=range(folder.block_count), latent_side=side)
     whole = BlockPlan(folder.block_count)
     inputs = shaped_batch(folder, adapter, whole, empty, samples=batch * guided, side=side, tokens=text_tokens(folder))
-    denoising, work = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
+    denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
     vae, vae_buffer = _vae(folder, recipe)
     latents = empty(batch, *inputs.latents.shape[1:])
-    decoding, decode_work = _pass(lambda: vae.decode(latents))
+    decoding = _pass(lambda: vae.decode(latents))
     encoders = [
         _bytes(_text_encoder(folder, part, dtype=dtype_of(recipe), streamed=streamed)[0], streamed=streamed)
         for part in filter(folder.has, folder.family.text_encoders)
     ]
     buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
-    decodes = decoding > denoising
+    larger = max(denoising, decoding, key=lambda passed: passed.peak_bytes)
     return PhaseLedger(
         name="samples",
         items=_items(
@@ -96,29 +99,32 @@ def samples_phase(
                 ("trained parameters", trained_bytes, "the result"),
                 (VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)),
                 (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
-                (ACTIVATIONS, max(denoising, decoding), f"{'decoding' if decodes else 'denoising'} {batch} images"),
+                (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),
             buffer,
             device,
+            convolutions=len(denoising.convolutions | decoding.convolutions),
         ),
-        flops=(work * recipe.sample_steps + decode_work) * -(-images // batch),
+        flops=(denoising.flops * recipe.sample_steps + decoding.flops) * -(-images // batch),
     )
 
 
-def _items(parts: Sequence[tuple[str, int, str]], buffer: int, device: torch.device) -> tuple[Item, ...]:
+def _items(
+    parts: Sequence[tuple[str, int, str]], buffer: int, device: torch.device, *, convolutions: int = 0
+) -> tuple[Item, ...]:
     place: Place = "device" if device.type == "cuda" else "host"
     items = [Item(name=name, bytes=size, formula=formula, place=place) for name, size, formula in parts if size]
     if buffer:
         items.append(Item(name=BUFFER, bytes=buffer, formula="a tile of one weight"))
-    return (*items, heap())
+    return (*items, heap(convolutions))
 
 
-def _pass(run: Callable[[], Any]) -> tuple[int, int]:
-    """The bytes that live at the peak of a pass without gradients, beyond what is there already, and its operations."""
+def _pass(run: Callable[[], Any]) -> LiveBytes:
+    """What a pass without gradients makes, beyond what is there already."""
     live = LiveBytes()
     with torch.no_grad(), fused_attention(), live:
         run()
-    return live.peak_bytes, live.flops
+    return live
 
 
 def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streamed: bool) -> tuple[nn.Module, int]:

@@ -24,7 +24,7 @@ _Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts what lives, by name, and remembers the moment of the most.
+    """Counts what lives, by name, and remembers the moment of the most; `convolutions` are different ones by shape.
 
     Results of equal operations on equal shapes are taken from a memory of earlier ones, since torch works out many shapes in
     Python, slowly, and blocks of a model are alike.
@@ -39,6 +39,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak_bytes = 0
         self.at_peak: dict[str, int] = {}
         self.flops = 0
+        self.convolutions: set[Any] = set()
         self._live: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._by_name: dict[str, int] = {}
         self._scopes = ["other activations"]
@@ -96,6 +97,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self._count(tensor, self._scopes[-1])
+        if _has_overlapping_windows(func, args):
+            self.convolutions.add(key)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
@@ -169,6 +172,17 @@ def fused_attention() -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = plain
+
+
+def _has_overlapping_windows(func: Any, args: Any) -> bool:
+    """Whether an operation is a convolution of one group, forward or backward, that sees a pixel several times."""
+    if func is torch.ops.aten.convolution.default:
+        weight, stride, groups = args[1], args[3], args[8]
+    elif func is torch.ops.aten.convolution_backward.default:
+        weight, stride, groups = args[2], args[4], args[9]
+    else:
+        return False
+    return groups == 1 and any(side > step for side, step in zip(weight.shape[2:], stride, strict=True))
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:

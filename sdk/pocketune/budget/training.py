@@ -7,7 +7,12 @@ from typing import cast
 
 import torch
 
-from pocketune.budget.constants import HEAP_BYTES, HEAP_BYTES_PER_TENSOR
+from pocketune.budget.constants import (
+    CONVOLUTION_BYTES,
+    CONVOLUTION_BYTES_PER_SHAPE,
+    HEAP_BYTES,
+    HEAP_BYTES_PER_TENSOR,
+)
 from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, held_tensors
@@ -122,7 +127,7 @@ def training_phase(
     passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else 2 * recipe.zo_queries)
     return PhaseLedger(
         name="training",
-        items=(*items, heap(len(trained))),
+        items=(*items, heap(len(live.convolutions), len(trained))),
         flops=live.flops * recipe.steps * (1 if backprop else 2 * recipe.zo_queries),
         read_bytes=passes * stored_bytes(folder, plan, recipe) * recipe.steps,
         written_bytes=0 if scratch is None else scratch.written_bytes * recipe.steps,
@@ -162,7 +167,7 @@ def features_phase(
     passes = 0 if tiles is None else -(-draws // shapes.samples)
     return PhaseLedger(
         name="features",
-        items=(*items, heap()),
+        items=(*items, heap(len(live.convolutions))),
         flops=live.flops * -(-draws // shapes.samples),
         read_bytes=passes * stored_bytes(folder, BlockPlan(plan.block_count), recipe),
     )
@@ -174,10 +179,14 @@ def follow(live: LiveBytes, adapter: DenoiserAdapter) -> None:
     live.follow(adapter.model, lambda path: kinds.get(path.rsplit(".", 1)[-1]))
 
 
-def heap(trained_tensors: int = 0) -> Item:
-    """What no tensor shows."""
+def heap(convolutions: int, trained_tensors: int = 0) -> Item:
+    """What no tensor shows; `convolutions` differ in shape, and overlap in their windows."""
     size = HEAP_BYTES + HEAP_BYTES_PER_TENSOR * trained_tensors
     formula = f"{HEAP_BYTES / 1e6:.0f} MB + {HEAP_BYTES_PER_TENSOR / 1e3:.0f} kB x {trained_tensors} trained tensors, fitted"
+    if convolutions:
+        size += CONVOLUTION_BYTES + CONVOLUTION_BYTES_PER_SHAPE * convolutions
+        each = f"{CONVOLUTION_BYTES / 1e6:.0f} MB + {CONVOLUTION_BYTES_PER_SHAPE / 1e3:.0f} kB x {convolutions}"
+        formula += f"; {each} shapes of convolutions"
     return Item(name=HEAP, bytes=size, formula=formula, fixed=True)
 
 

@@ -130,13 +130,12 @@ class StreamedConv2d(nn.Conv2d):
             parts.append(nn.functional.conv2d(image, weight, bias, self.stride, self.padding, self.dilation))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def input_gradient(self, like: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient of the input from that of the output; `like` has the input's shape and strides, and no values."""
-        layout = torch.channels_last if _channels_last(like) else torch.contiguous_format
+    def input_gradient(self, shape: torch.Size, layout: torch.memory_format, gradient: Tensor) -> Tensor:
+        """The gradient of the input, of its shape and layout, from that of the output."""
         parts = []
         for columns, tile in self._tiles.columns(self._matrix, gradient):
             part = torch.empty(
-                (like.shape[0], len(columns), *like.shape[2:]),
+                (shape[0], len(columns), *shape[2:]),
                 dtype=gradient.dtype,
                 device=gradient.device,
                 memory_format=layout,
@@ -185,14 +184,14 @@ class _Linear(torch.autograd.Function):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: StreamedConv2d) -> Tensor:  # noqa: A002
-        # Shape and strides without memory: the kernel that is chosen depends on them.
-        ctx.layer, ctx.like = layer, input.to("meta")
+        ctx.layer, ctx.shape = layer, input.shape
+        ctx.layout = torch.channels_last if _channels_last(input) else torch.contiguous_format  # kernels differ by it
         return layer.convolve(input)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, unused-ignore]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(ctx.like, gradients[0]), None
+        return ctx.layer.input_gradient(ctx.shape, ctx.layout, gradients[0]), None
 
 
 def _channels_last(image: Tensor) -> bool:
