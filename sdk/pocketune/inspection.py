@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pocketune.bundlefile import describe_bundle, is_archived_bundle
 from pocketune.errors import FileFormatError
 from pocketune.jsonfile import read_object
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
@@ -63,6 +64,8 @@ def inspect(path: Path | str) -> Inspection:
     if head is None:
         msg = f"{path} is no file or folder. Check the path."
         raise FileFormatError(msg)
+    if is_archived_bundle(path):
+        return _inspect_bundle(path)
     tensors = path.suffix.lower() == ".safetensors" or head[8:9] == b"{"
     if path.suffix.lower() in _PICKLED or (not tensors and _is_pickle(head)):
         msg = (
@@ -200,17 +203,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
-def _inspect_bundle(folder: Path) -> Inspection:
-    manifest = read_object(folder / "manifest.json")
-    graphs = manifest.get("graphs")
-    names = list(graphs) if isinstance(graphs, dict) else [g.get("name") for g in graphs or [] if isinstance(g, dict)]
-    facts = {
-        "schema_version": manifest.get("schema_version"),
-        "graphs": [str(name) for name in names],
-        "files": {name: (folder / name).stat().st_size for name in _names(folder) if (folder / name).is_file()},
-    }
-    notes = () if facts["schema_version"] is not None else ("The manifest names no schema_version.",)
-    return Inspection(kind="bundle", path=str(folder), size_bytes=_size(folder), facts=facts, notes=notes)
+def _inspect_bundle(path: Path) -> Inspection:
+    facts, notes = describe_bundle(path)
+    size = _size(path) if path.is_dir() else path.stat().st_size
+    return Inspection(kind="bundle", path=str(path), size_bytes=size, facts=facts, notes=notes)
 
 
 def _names(folder: Path) -> list[str]:

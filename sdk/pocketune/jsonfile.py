@@ -21,10 +21,21 @@ def read_object(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LIMIT_BYTES:
             msg = f"{path} has more than {LIMIT_BYTES // 1_000_000} MB, which is no plausible size. Copy it again."
             raise FileFormatError(msg)
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
         raise FileFormatError(msg) from error
+    return parse_object(content, path)
+
+
+def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that some bytes are, which were found at a path.
+
+    Raises:
+        FileFormatError: they are something else.
+    """
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         msg = f"{path} is not valid JSON: {error}. Copy it again."
         raise FileFormatError(msg) from error

@@ -11,7 +11,7 @@ class Progress:
     """One event of a job.
 
     Attributes:
-        phase: what is going on: "photos", "text", "latents", "class images", "features", "training", "samples" or "check".
+        phase: what is going on: "plan", "photos", "text", "latents", "class images", "features", "training" or "samples".
         done: finished units of `unit` in this phase.
         total: units in this phase; 0 where it is not known.
         unit: what is counted, in the singular: "photo", "step", "sample", "image".

@@ -224,7 +224,7 @@ class Recipe(BaseModel):
                 f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ').rstrip('.')}"
                 for e in error.errors()
             )
-            msg = f"the recipe is not valid: {faults}. `pocketune personalize --help` lists the fields."
+            msg = f"the recipe is not valid: {faults}. docs/recipe.md lists all fields."
             raise RecipeError(msg) from error
 
     @classmethod

@@ -161,6 +161,26 @@ def test_bundle_folder(tmp_path, graphs):
     assert found.facts["files"]["train.onnx"] == 5
 
 
+def test_bundle_in_one_file(tmp_path):
+    path = tmp_path / "toy.ptb"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", json.dumps({"schema_version": 1, "graphs": {"train": {}}}))
+        archive.writestr("train.onnx", b"12345")
+    found = describe(path)
+    assert (found.kind, found.facts["schema_version"], found.facts["graphs"]) == ("bundle", 1, ["train"])
+    assert found.facts["files"]["train.onnx"] == 5
+    assert found.size_bytes == path.stat().st_size
+
+    path.write_bytes(path.read_bytes()[:-30])
+    fault(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("manifest.json", "{" + " " * 100_000 + "}")
+    assert "compressed or too large" in fault(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", "[]")
+    assert "expected a JSON object" in fault(path)
+
+
 def test_folder_with_a_single_lora(tmp_path):
     save_file(pairs(sd3_targets([0]), **PEFT), tmp_path / "pytorch_lora_weights.safetensors")
     assert inspect(tmp_path).kind == "lora"
