@@ -16,7 +16,7 @@ _MODELS = {
 """Titles, and tokens of a prompt."""
 _PIXART, _SANA, _LARGE_SANA, _SD35, _SD15 = _MODELS
 _TWO, _FOUR, _SEVEN = "0-12,15-27", "0-11,16-27", "0-13,21-27"
-_HOLLOW = "7-13"
+_HOLLOW = "6-10"
 _RECOMPUTED: dict[str, Any] = {"activations": "recomputed"}
 _STREAMED: dict[str, Any] = {"weights": "streamed", "activations": "recomputed"}
 
@@ -67,8 +67,8 @@ HELD_OUT: dict[str, Job] = {
     "held-sd15-256-low": _job(_SD15, 256, "activations on disk", **LOW),
     "held-sd15-256-streamed": _job(_SD15, 256, "weights streamed", **_STREAMED),
     "held-sd15-384-low": _job(_SD15, 384, "activations on disk", **LOW),
-    "held-sd15-384-hollow": _job(_SD15, 384, "7 middle layers skipped, weights streamed", skip=_HOLLOW, **_STREAMED),
-    "held-sd15-256-hollow": _job(_SD15, 256, "7 middle layers skipped, activations on disk", skip=_HOLLOW, **LOW),
+    "held-sd15-384-hollow": _job(_SD15, 384, "5 middle layers skipped, weights streamed", skip=_HOLLOW, **_STREAMED),
+    "held-sd15-256-hollow": _job(_SD15, 256, "5 middle layers skipped, activations on disk", skip=_HOLLOW, **LOW),
     "held-sd15-256-rank": _job(_SD15, 256, "weights streamed, rank 64", rank=64, **_STREAMED),
 }
 """Rows of jobs that were chosen, and measured, after the constants were fixed."""

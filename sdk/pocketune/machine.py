@@ -126,7 +126,7 @@ def _matmul_gflops(torch: ModuleType | None, dtype: str) -> float | None:
             began = time.process_time()
             matrix @ matrix
             seconds = min(seconds, time.process_time() - began)
-        best = max(best, 2 * side**3 * torch.get_num_threads() / max(seconds, 1e-6) / 1e9)
+        best = max(best, 2 * side**3 * int(torch.get_num_threads()) / max(seconds, 1e-6) / 1e9)
         # Of small products, threads that wait for one another on a busy machine take most of the time.
         if side >= 1024 or (side >= 256 and time.process_time() + 16 * seconds > deadline):
             return best

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pocketune.recipe import Recipe
 from pocketune.record import RunRecord
 
 ROOT = Path(__file__).parent.parent.parent
@@ -78,6 +80,12 @@ def test_code_of_the_other_pages_runs(page: str) -> None:
     found = blocks(page)
     assert found
     run("\n".join(found), page)
+
+
+def test_the_page_of_the_recipe_has_every_field() -> None:
+    """Some by a common beginning, as `zo_*`."""
+    named = re.findall(r"`(\w+\*?)`", (ROOT / "docs/recipe.md").read_text(encoding="utf-8"))
+    assert [field for field in Recipe.model_fields if not any(fnmatch(field, name) for name in named)] == []
 
 
 def test_links_between_pages_lead_somewhere() -> None:

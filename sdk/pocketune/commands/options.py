@@ -15,6 +15,9 @@ DEFAULT_MODEL = "pocket-sd3"
 ModelOption = Annotated[str | None, typer.Option("--model", help="Built-in name, local diffusers folder, or hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors (and what --json asks for).")]
+SkipOption = Annotated[
+    str | None, typer.Option(help="Blocks not to train: none, auto, auto:0.3, first:0.3, last:0.3, hollow:0.3 or 0-3,8-11.")
+]
 BudgetOption = Annotated[
     str | None, typer.Option("--memory-budget", help="Main memory that the job may take, as 1GiB, 900MB or 1.5G.")
 ]

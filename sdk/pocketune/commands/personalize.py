@@ -14,7 +14,7 @@ from rich.console import Console
 from pocketune.budget.apart import Question, ask_apart, within_limits
 from pocketune.budget.sizes import parse_size
 from pocketune.commands.failures import clear_errors, needing_extra
-from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, QuietOption, recipe_of
+from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, QuietOption, SkipOption, recipe_of
 from pocketune.display import ProgressDisplay, print_facts, print_lines
 from pocketune.lean import without_scipy
 from pocketune.record import RunRecord
@@ -29,9 +29,7 @@ def personalize(
     ] = None,
     model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win over it.")] = None,
-    skip: Annotated[
-        str | None, typer.Option(help="Blocks not to train: none, auto, auto:0.3, hollow:0.3 or ranges such as 0-3.")
-    ] = None,
+    skip: SkipOption = None,
     patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: lora, scales (of packed weights), or token.")] = None,
     gradient: Annotated[str | None, typer.Option(help="How it is had: backprop, zeroth_order, or mixed.")] = None,

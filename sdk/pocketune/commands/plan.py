@@ -14,7 +14,7 @@ from rich.text import Text
 from pocketune.budget.apart import Question
 from pocketune.budget.sizes import parse_size, readable
 from pocketune.commands.failures import clear_errors, needing_extra
-from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, recipe_of
+from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, SkipOption, recipe_of
 from pocketune.display import print_facts, print_lines, printable
 from pocketune.lean import without_scipy
 from pocketune.profile import PROFILES, DeviceProfile, profile_named
@@ -32,7 +32,7 @@ def plan(
     memory_budget: BudgetOption = None,
     device: Annotated[str | None, typer.Option(help=f"Plan for a device: {', '.join(PROFILES)}; default: this one.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images in pixels.")] = None,
-    skip: Annotated[str | None, typer.Option(help="Blocks not to train: none, auto, auto:0.3 or ranges such as 0-3.")] = None,
+    skip: SkipOption = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: lora or scales.")] = None,
