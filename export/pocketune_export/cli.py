@@ -147,6 +147,7 @@ def _comparison(found: Verification) -> dict[str, Any]:
         "mode": found.mode,
         "steps": found.steps,
         "tolerance": TOLERANCE,
+        "parameter_tolerance": found.parameter_tolerance,
         "loss_difference": found.loss,
         "largest_gradient_difference": _named(found.gradients, found.worst_gradient),
         "largest_parameter_difference": _named(found.parameters, found.worst_parameter),

@@ -13,7 +13,8 @@ from pocketune_export.verify import TOLERANCE, verify
 @pytest.fixture(scope="module", params=BUILT_IN)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("bundles") / request.param
-    export_trainable(recipe=Recipe.create(instance_prompt="a photo of sks toy", skip="auto"), out=out, model=request.param)
+    recipe = Recipe.create(instance_prompt="a photo of sks toy", skip="auto", learning_rate=1e-4)
+    export_trainable(recipe=recipe, out=out, model=request.param)
     return open_bundle(out)
 
 

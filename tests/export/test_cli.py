@@ -1,6 +1,7 @@
 """`export-trainable` makes a bundle and verifies it; what it cannot do it says in one line, and leaves nothing behind."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_export.cli import app
-from pocketune_export.verify import TOLERANCE
+from pocketune_export.verify import TOLERANCE, Verification
 
 
 @pytest.fixture
@@ -85,6 +86,21 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
     assert re.search(message, result.stderr.replace("\n", " ")), result.stderr
     assert result.stdout == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "parameter", "passed"),
+    [
+        (0.0, 0.0, 5e-5, True),
+        (0.0, 0.0, 2e-4, False),
+        (2e-5, 0.0, 0.0, False),
+        (0.0, 2e-5, 0.0, False),
+        (0.0, 0.0, math.nan, False),
+    ],
+)
+def test_each_difference_has_its_bar(loss: float, gradient: float, parameter: float, passed: bool) -> None:
+    gradients, parameters = {"a": 0.0, "b": gradient}, {"a": 0.0, "b": parameter}
+    assert Verification("one graph", 1, loss, gradients, parameters, parameter_tolerance=1e-4).passed == passed
 
 
 def test_a_failed_verification_is_an_error(bundles: Mapping[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
