@@ -175,14 +175,14 @@ def fused_attention() -> Iterator[None]:
 
 
 def _has_overlapping_windows(func: Any, args: Any) -> bool:
-    """Whether an operation is a convolution of one group, forward or backward, that sees a pixel several times."""
+    """Whether an operation is a convolution, forward or backward, that sees a pixel several times."""
     if func is torch.ops.aten.convolution.default:
-        weight, stride, groups = args[1], args[3], args[8]
+        weight, stride = args[1], args[3]
     elif func is torch.ops.aten.convolution_backward.default:
-        weight, stride, groups = args[2], args[4], args[9]
+        weight, stride = args[2], args[4]
     else:
         return False
-    return groups == 1 and any(side > step for side, step in zip(weight.shape[2:], stride, strict=True))
+    return any(side > step for side, step in zip(weight.shape[2:], stride, strict=True))
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:
