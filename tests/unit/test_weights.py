@@ -83,7 +83,7 @@ def test_store_reads_every_part_of_every_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_copy_is_made_once_and_holds_what_packing_gives(tmp_path: Path, bits: int) -> None:
-    weights = {"w": matrix(128, 192), "k": torch.randn(256, 64, 3, 3), "norm": torch.randn(7), "odd": matrix(128, 130)}
+    weights = {"w": matrix(128, 192), "k": torch.randn(256, 64, 3, 3), "norm": torch.randn(2**20 + 7), "odd": matrix(128, 130)}
     save_file(weights, tmp_path / "model.safetensors")
     store = WeightStore([tmp_path / "model.safetensors"])
     path = packed_copy(store, ["w", "k", "odd"], bits=bits, fingerprint="x", folder=tmp_path / "cache")

@@ -69,9 +69,8 @@ def packed_copy(
                 for part in _packed_parts(store, name, bits=bits, group=group):
                     file.write(_bytes(part))
             else:
-                view = store.view(name)
-                file.write(_bytes(view))
-                store.drop(name)
+                for part in store.stored(name):
+                    file.write(_bytes(part))
             if on_weight is not None:
                 on_weight(done + 1, len(store.names))
     return path

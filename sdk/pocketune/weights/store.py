@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from pocketune.weights.matrix import Matrix, PackedMatrix, PlainMatrix
 
 CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
 """Endings of the tensors that hold a packed weight."""
+_PART_BYTES = 2**22
 
 
 class WeightStore:
@@ -74,6 +75,12 @@ class WeightStore:
         copy.copy_(view)
         self.drop(name)
         return copy
+
+    def stored(self, name: str) -> Iterator[Tensor]:
+        """The bytes of a stored tensor in parts, uint8; each is good until the next. No page of the file is mapped."""
+        place = self._owner[name].place(name)
+        for start in range(place.start, place.stop, _PART_BYTES):
+            yield place.file.read(start, min(_PART_BYTES, place.stop - start))
 
     def drop(self, name: str) -> None:
         """Give the pages of a stored tensor back to the system."""
