@@ -54,6 +54,10 @@ HELD_OUT: dict[str, Job] = {
         _PIXART, 192, "4 of 28 blocks, weights streamed, rank 4", skip=_FOUR, rank=4, **_STREAMED
     ),
     "held-pixart-128-int8": _job(_PIXART, 128, "weights streamed in 8 bits", weight_bits=8, **_STREAMED),
+    "held-pixart-192-two-streamed": _job(_PIXART, 192, "2 of 28 blocks, weights streamed", skip=_TWO, **_STREAMED),
+    "held-pixart-320-two-low": _job(_PIXART, 320, "2 of 28 blocks, activations on disk", skip=_TWO, **LOW),
+    "held-pixart-256-seven-streamed": _job(_PIXART, 256, "7 of 28 blocks, weights streamed", skip=_SEVEN, **_STREAMED),
+    "held-pixart-448-two-low": _job(_PIXART, 448, "2 of 28 blocks, activations on disk", skip=_TWO, **LOW),
     "held-sana-256-low": _job(_SANA, 256, "activations on disk", **LOW),
     "held-sana-512-two": _job(_SANA, 512, "2 of 28 blocks, weights streamed", skip=_TWO, **_STREAMED),
     "held-sana-large-256-low": _job(_LARGE_SANA, 256, "activations on disk", skip="0-4,15-19", **LOW),
