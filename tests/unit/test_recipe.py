@@ -12,7 +12,7 @@ PROMPT = "a photo of sks toy"
 def fault(**values: object) -> str:
     with pytest.raises(RecipeError) as caught:
         Recipe.create(**({"instance_prompt": PROMPT} | values))
-    assert "pocketune personalize --help" in str(caught.value)
+    assert "docs/recipe.md lists all fields" in str(caught.value)
     return str(caught.value)
 
 
