@@ -58,6 +58,7 @@ HELD_OUT: dict[str, Job] = {
     "held-pixart-320-two-low": _job(_PIXART, 320, "2 of 28 blocks, activations on disk", skip=_TWO, **LOW),
     "held-pixart-256-seven-streamed": _job(_PIXART, 256, "7 of 28 blocks, weights streamed", skip=_SEVEN, **_STREAMED),
     "held-pixart-448-two-low": _job(_PIXART, 448, "2 of 28 blocks, activations on disk", skip=_TWO, **LOW),
+    "held-pixart-128-four-streamed": _job(_PIXART, 128, "4 of 28 blocks, weights streamed", skip=_FOUR, **_STREAMED),
     "held-sana-256-low": _job(_SANA, 256, "activations on disk", **LOW),
     "held-sana-512-two": _job(_SANA, 512, "2 of 28 blocks, weights streamed", skip=_TWO, **_STREAMED),
     "held-sana-large-256-low": _job(_LARGE_SANA, 256, "activations on disk", skip="0-4,15-19", **LOW),
