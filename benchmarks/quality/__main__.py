@@ -24,6 +24,7 @@ from benchmarks.quality.methods import (
     GROUPS,
     METHODS,
     POCKET_RECIPE,
+    POCKET_RECIPES,
     PocketunePainter,
     save_photos,
     subject_recipe,
@@ -103,7 +104,7 @@ def settings_text(recipe: dict[str, Any]) -> str:
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
-    recipe = dict(POCKET_RECIPE) if options.data is None else {}
+    recipe = dict(POCKET_RECIPES.get(options.model, POCKET_RECIPE)) if options.data is None else {}
     if options.recipe is not None:
         try:
             recipe = tomllib.loads(options.recipe.read_text(encoding="utf-8"))

@@ -116,7 +116,7 @@ def test_wrong_arguments_exit_with_code_2(capsys: pytest.CaptureFixture[str]) ->
 def test_ctrl_c_saves_and_says_how_to_go_on(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*COMMAND, "personalize", str(skipping_bundle), str(toy_photos), "--out", str(run), "--threads", "1"]
-    with subprocess.Popen([*command, "--steps", "200"], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "--steps", "1000"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = []
         for line in process.stderr:
@@ -126,6 +126,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(skipping_bundle: Path, toy_photos: P
                 break
         lines += process.stderr
         assert process.wait(timeout=60) == 130
-    found = re.search(r"^interrupted: stopped after step (\d+) of 200; a checkpoint is saved. Add --resume", lines[-1])
+    found = re.search(r"^interrupted: stopped after step (\d+) of 1000; a checkpoint is saved. Add --resume", lines[-1])
     assert found, lines
     assert max((run / "checkpoints").iterdir()).name == f"step-{int(found[1]):06d}.safetensors"
