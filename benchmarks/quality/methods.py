@@ -115,7 +115,7 @@ GROUPS = {
         *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
         *("skip50-no-residuals", "first50", "last50", "hollow30", "hollow50", "renders"),
     ),
-    "patches": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
+    "patch-sizes": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
     "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),
 }
 """The rows of the papers: DiT-BlockSkip's tables and ablations for transformers, Hollowed Net's for U-Nets."""

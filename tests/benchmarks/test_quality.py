@@ -168,6 +168,7 @@ def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
     for group, names in GROUPS.items():
         assert _method_names(group) == list(names)
         assert set(names) <= set(METHODS) and "lora" in names
+    assert not set(GROUPS) & set(METHODS)
     assert _method_names("lora,hollow30,hollowed-net") == ["lora", "hollow30", "none", "patches", *GROUPS["hollowed-net"][4:]]
 
 
