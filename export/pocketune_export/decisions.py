@@ -25,6 +25,12 @@ def check_exportable(recipe: Recipe) -> None:
         "gradient": (recipe.gradient == "mixed", "its graphs have one resolution"),
         "patches": (recipe.patches != "none", "devices cut whole squares"),
         "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
+        "weights": (
+            recipe.weights == "streamed" and recipe.weight_bits is not None,
+            "with weight_bits, PyTorch trains on a packed copy of other numbers than a bundle's",
+        ),
+        "optimizer_in_backward": (recipe.optimizer_in_backward, "devices clip by the norm of all blocks"),
+        "vae_tile": (recipe.vae_tile is not None, "devices encode whole images, which gives other latents"),
     }
     for name, (asked, reason) in reasons.items():
         if asked:

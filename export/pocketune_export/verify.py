@@ -6,13 +6,15 @@ steps of zeroth order, whose gradients follow from losses, losses and parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import Adapter, by_name
 from pocketune_edge.manifest import Manifest, TensorSpec
 from pocketune_edge.session import Sessions
-from pocketune_edge.settings import Settings
+from pocketune_edge.settings import settings_of
 from pocketune_edge.state import fresh_state
 from pocketune_edge.steps import Mode, Stepper, stepper_of
 from pocketune_export.quantize import Storage, stored_value
@@ -42,7 +44,8 @@ TOLERANCE = 1e-5
 """Largest allowed difference: of the loss, relative; of gradients, relative to the largest of all; of a parameter, absolute.
 
 AdamW makes steps of about the learning rate out of gradients of any size, and so a tenth of a step out of the last digits of
-those that are nearly zero: above a learning rate of 1e-4 parameters may differ by a tenth of it.
+those that are nearly zero: above a learning rate of 1e-4 parameters may differ by a tenth of it. Of the two rates of scales
+the larger one counts.
 """
 
 
@@ -53,7 +56,7 @@ class Verification:
     Attributes:
         mode: how the bundle was run.
         steps: how many.
-        loss: of the loss.
+        loss: of the loss; infinite, as the others, where one side gave no number.
         gradients: of each parameter's gradient, by name; empty for steps of zeroth order.
         parameters: of each parameter, by name.
         parameter_tolerance: largest allowed difference of a parameter.
@@ -135,17 +138,18 @@ def verify(
             loss = train_step(adapter, parameters, plan, recipe, given, optimizer, inputs=tuned.inputs)
         result = take_step(state, [{name: tensor.numpy() for name, tensor in batch.items()}])
         state = result.state
-        worst.loss = max(worst.loss, abs(loss - state.losses[-1]) / abs(loss))
+        worst.loss = max(worst.loss, _share(loss - state.losses[-1], loss))
         largest = max((float(gradient.abs().max()) for gradient in gradients.values()), default=0.0)
         found = by_name(manifest.tuned, state.parameters)
         found_gradients = by_name(manifest.tuned, result.gradients)
         for name in names:
             if name in gradients:  # of scales, those of the step's intervals alone have one
-                difference = np.abs(gradients[name].numpy() - found_gradients[name]).max()
-                worst.see(worst.gradients, name, difference / largest)
-            worst.see(worst.parameters, name, np.abs(parameters[name].detach().numpy() - found[name]).max())
+                difference = _largest_difference(gradients[name], found_gradients[name])
+                worst.see(worst.gradients, name, _share(difference, largest))
+            worst.see(worst.parameters, name, _share(_largest_difference(parameters[name], found[name]), 1.0))
         on_step(number, steps)
-    tolerance = max(TOLERANCE, recipe.learning_rate / 10)
+    optimizer_rate = max(manifest.optimizer.learning_rate, manifest.optimizer.in_learning_rate or 0.0)
+    tolerance = max(TOLERANCE, optimizer_rate / 10)
     return Verification(mode, steps, worst.loss, worst.gradients, worst.parameters, tolerance)
 
 
@@ -158,7 +162,7 @@ def open_steps(bundle: Bundle, mode: Mode = "one graph", *, threads: int = 1) ->
         threads: of ONNX Runtime.
     """
     sessions = Sessions(bundle, keep=mode == "one graph", threads=threads)
-    return stepper_of(sessions, Settings.of(bundle.manifest.recipe), mode=mode)
+    return stepper_of(sessions, settings_of(bundle.manifest, {})[0], mode=mode)
 
 
 def random_batch(manifest: Manifest, *, seed: int) -> dict[str, Tensor]:
@@ -211,14 +215,25 @@ def _keep_gradient(parameter: nn.Parameter, name: str, kept: dict[str, Tensor]) 
 @dataclass
 class _Worst:
     loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.gradients: dict[str, float] = {}
-        self.parameters: dict[str, float] = {}
+    gradients: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def see(of: dict[str, float], name: str, difference: float) -> None:
-        of[name] = max(of.get(name, 0.0), float(difference))
+        of[name] = max(of.get(name, 0.0), difference)
+
+
+def _largest_difference(of_torch: Tensor, of_bundle: NDArray[np.float32]) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):  # of infinities: no number, which is judged as such
+        return float(np.abs(of_torch.detach().numpy() - of_bundle).max())
+
+
+def _share(difference: float, whole: float) -> float:
+    """The size of a difference as a share of a whole; infinite where there is no such number, as `max` loses NaN."""
+    if difference == 0:
+        return 0.0
+    share = abs(difference / whole) if whole else math.inf
+    return share if math.isfinite(share) else math.inf
 
 
 def _batch_specs(manifest: Manifest) -> list[TensorSpec]:

@@ -15,6 +15,9 @@ from pocketune_export.decisions import check_exportable
         ({"gradient": "mixed"}, "one resolution"),
         ({"method": "token"}, "train the denoiser"),
         ({"timestep_low": 500}, "all timesteps"),
+        ({"weights": "streamed", "weight_bits": 8}, "a packed copy"),
+        ({"optimizer_in_backward": True, "activations": "recomputed"}, "norm of all blocks"),
+        ({"vae_tile": 64}, "whole images"),
     ],
 )
 def test_what_devices_cannot_do_is_refused(changes: dict[str, object], reason: str) -> None:
@@ -26,3 +29,8 @@ def test_plain_recipes_are_exportable() -> None:
     check_exportable(Recipe.create(instance_prompt="x", skip="auto", cache_dtype="bfloat16", draws=3))
     check_exportable(Recipe.create(instance_prompt="x", gradient="zeroth_order"))
     check_exportable(Recipe.create(instance_prompt="x", method="scales", weight_bits=8))
+
+
+def test_what_changes_no_number_is_exportable() -> None:
+    check_exportable(Recipe.create(instance_prompt="x", weights="streamed", activations="on_disk"))
+    check_exportable(Recipe.create(instance_prompt="x", weight_bits=4))
