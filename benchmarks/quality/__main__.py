@@ -1,9 +1,9 @@
 """PocketBooth, the quality benchmark: `python -m benchmarks.quality [--methods none,lora,skip50] [--table]`.
 
 Trains every method on every subject, samples every prompt, and judges subject and prompt; a raw row an image, written at once,
-so that a run that was stopped goes on where it was. `--table` then makes the Markdown table from the rows. With `--data` it
-runs on the DreamBooth data set and judges with DINO and CLIP. `--costs` measures memory and time of the methods instead, each
-in a process of its own.
+so that a run that was stopped goes on where it was. `--table` then makes the Markdown tables from the rows: an overview, and
+one of each group of methods. With `--data` it runs on the DreamBooth data set and judges with DINO and CLIP. `--costs`
+measures memory and time of the methods instead, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.quality.methods import (
     subject_recipe,
 )
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
-from benchmarks.quality.table import quality_table
+from benchmarks.quality.table import tables
 from benchmarks.rows import Row, add_output_options, read_rows
 from benchmarks.steering import quiet_loading, weights_digest
 from pocketune.atomic import write_text
@@ -46,8 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.table_only:
             (_measure_costs if options.costs else _measure)(options)
         if options.table or options.table_only:
-            write_text(options.table_file, quality_table(read_rows(options.out), read_rows(options.costs_out)))
-            print(f"wrote {options.table_file}")
+            for group, table in tables(read_rows(options.out), read_rows(options.costs_out)).items():
+                path = options.table_file.with_stem("-".join([options.table_file.stem, *filter(None, [group])]))
+                write_text(path, table)
+                print(f"wrote {path}")
     except PocketuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -110,15 +110,21 @@ METHODS = {
     )
 }
 DEFAULT_METHODS = ("none", "lora", "skip50", "skip50-no-residuals", "renders")
+COMMON = ("none", "lora", "patches", "renders")
+"""What groups share, to compare their own rows with."""
 GROUPS = {
     "block-skip": (
         *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
-        *("skip50-no-residuals", "first50", "last50", "hollow30", "hollow50", "renders"),
+        *("skip50-no-residuals", "first50", "last50", "renders"),
     ),
     "patch-sizes": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
     "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),
+    "gradients": ("none", "lora", *(method.name for method in BY_SCHEDULE), "renders"),
+    "packed": ("none", "lora", *(method.name for method in PACKED), ZOODIP.name, "renders"),
 }
-"""The rows of the papers: DiT-BlockSkip's tables and ablations for transformers, Hollowed Net's for U-Nets."""
+"""The rows of the papers: DiT-BlockSkip's tables and ablations, Hollowed Net's, selective optimization's, TuneQDM's."""
+OVERVIEW = ("none", "lora", "skip50", "skip50-no-residuals", "hollow30", "bp-low-zo-high", "tuneqdm8-2", "renders")
+"""One row or two of each line of research."""
 
 
 class Painter(Protocol):

@@ -34,7 +34,10 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase, mark it in the memory log, and return memory to the system at its end."""
+        """Time a phase and mark it in the memory log; what the phase before held goes back to the system first."""
+        # Not when a phase ends: the function that runs it still holds its model then.
+        gc.collect()
+        trim()
         self.memory.phase(name)
         self.current = name
         self.tell(name, 0, 0, "step")
@@ -43,8 +46,6 @@ class Watch:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            gc.collect()
-            trim()
 
     def tell(self, phase: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
         """Report progress with the memory of this moment."""

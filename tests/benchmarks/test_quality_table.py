@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.intervals import mean_estimate, ratio_estimate
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.table import quality_table, subject_means
+from benchmarks.quality.table import quality_table, subject_means, tables
 from benchmarks.rows import append_row
 
 IDENTITY = {"model": "m", "weights": "w", "settings": "s"}
@@ -103,6 +103,16 @@ def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(2)
     covered = [e.low <= 0.0 <= e.high for e in (mean_estimate(rng.normal(size=12)) for _ in range(200))]
     assert 0.85 <= np.mean(covered) <= 0.99
+
+
+def test_a_model_is_left_out_of_the_tables_that_it_has_no_own_rows_for():
+    rows = [*_rows("lora", 0.5), *_rows("patches", 0.5), *_rows("skip50", 0.5)]
+    rows += [*_rows("lora", 0.5, model="u"), *_rows("patches", 0.5, model="u"), *_rows("hollow50", 0.5, model="u")]
+    made = tables(rows)
+    assert set(made) == {"", "block-skip", "hollowed-net"}
+    assert "`m`" in made["block-skip"] and "`u`" not in made["block-skip"]
+    assert "`u`" in made["hollowed-net"] and "`m`" not in made["hollowed-net"]
+    assert "| dynamic patches |" in made["block-skip"] and "| dynamic patches |" not in made[""]
 
 
 def test_command_makes_the_table_from_committed_rows(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The whole job with weights on disk and activations made again gives the LoRA of the job that keeps all in memory."""
 
+import gc
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from pocketune import generate, personalize
 from pocketune.allocator import name_allocator, return_freed_memory, trim
 from pocketune.errors import Interrupted
+from pocketune.progress import Progress
 from pocketune.weights import stream
 from tests.reliability.test_job import LORA, quick_recipe
 
@@ -49,6 +51,20 @@ def test_interrupted_inside_backward_and_resumed_equals_unbroken(
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken")
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken", resume=True)
     assert (tmp_path / "broken" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
+
+
+def test_what_training_held_is_gone_when_samples_begin(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    alive: dict[str, int] = {}
+
+    def count(event: Progress) -> None:
+        alive.setdefault(event.phase, 0)
+        alive[event.phase] = max(alive[event.phase], sum(type(one) is torch.optim.AdamW for one in gc.get_objects()))
+
+    recipe = quick_recipe(weights="streamed", activations="on_disk", optimizer_in_backward=True)
+    gc.collect()
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run", on_progress=count)
+    assert alive["training"] == 1
+    assert alive["samples"] == 0
 
 
 def test_streamed_sampling_gives_equal_images(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
