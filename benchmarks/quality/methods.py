@@ -34,7 +34,8 @@ def _lora(name: str, label: str, **changes: Any) -> Method:
 
 
 def _scales(name: str, label: str, bits: int, **changes: Any) -> Method:
-    return Method(name=name, label=label, source="lora", changes={"method": "scales", "weight_bits": bits} | changes)
+    base = {"method": "scales", "weight_bits": bits, "scale_learning_rate": 2e-2}
+    return Method(name=name, label=label, source="lora", changes=base | changes)
 
 
 BY_SCHEDULE = (
@@ -55,12 +56,21 @@ PACKED = tuple(
         Method(name=f"qlora{bits}", label=f"QLoRA, {bits} bit", source="lora", changes={"weight_bits": bits}),
         _scales(f"peqa{bits}", f"PEQA, {bits} bit", bits, scale_inputs=False, scale_intervals=1),
         *(
-            _scales(f"tuneqdm{bits}-{count}", f"TuneQDM, {bits} bit, intervals: {count}", bits, scale_intervals=count)
+            _scales(
+                f"tuneqdm{bits}-{count}",
+                f"TuneQDM, {bits} bit, intervals: {count}",
+                bits,
+                scale_intervals=count,
+                scale_in_learning_rate=5e-3,
+            )
             for count in (1, 2, 4)
         ),
     )
 )
-"""Rows of TuneQDM: LoRA and scales over the same packed weights."""
+"""Rows of TuneQDM: LoRA and scales over the same packed weights.
+
+The rates are the largest, of those tried on two subjects, at which prompts are still followed.
+"""
 ZOODIP = Method(
     name="zoodip",
     label="ZOODiP: one word, zeroth order, 8 bit",
