@@ -33,6 +33,11 @@ def _lora(name: str, label: str, **changes: Any) -> Method:
     return Method(name=name, label=label, source="lora", changes=changes)
 
 
+def _patches(name: str, label: str, patches: str = "dynamic", **changes: Any) -> Method:
+    # Of 128 pixels; at half of them the embedded models have four tokens a side left, which is too little to bind a subject.
+    return _lora(name, label, patches=patches, patch_min=96, **changes)
+
+
 def _scales(name: str, label: str, bits: int, **changes: Any) -> Method:
     base = {"method": "scales", "weight_bits": bits, "scale_learning_rate": 2e-2}
     return Method(name=name, label=label, source="lora", changes=base | changes)
@@ -97,22 +102,22 @@ METHODS = {
     for method in (
         Method(name="none", label="no training", source="model"),
         _lora("lora", "full LoRA"),
-        _lora("patches", "dynamic patches", patches="dynamic"),
-        _lora("patches-resize", "whole photos at the size of the patches", patches="resize"),
-        _lora("patches-high-to-low", "patches smaller at more noise", patches="high-to-low"),
-        _lora("patches-random", "patches of random size", patches="random"),
+        _patches("patches", "dynamic patches"),
+        _patches("patches-resize", "whole photos at the size of the patches", "resize"),
+        _patches("patches-high-to-low", "patches smaller at more noise", "high-to-low"),
+        _patches("patches-random", "patches of random size", "random"),
         _lora("skip30", "30 % of the blocks skipped, cached residuals", skip="auto:0.3"),
         _lora("skip40", "40 % of the blocks skipped, cached residuals", skip="auto:0.4"),
         _lora("skip50", "half the blocks skipped, cached residuals", skip="auto"),
-        _lora("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3", patches="dynamic"),
-        _lora("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4", patches="dynamic"),
-        _lora("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto", patches="dynamic"),
+        _patches("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3"),
+        _patches("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4"),
+        _patches("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto"),
         _lora("skip50-no-residuals", "half the blocks skipped, no residuals", skip="auto", use_residuals=False),
         _lora("first50", "the first half of the blocks skipped", skip="first:0.5"),
         _lora("last50", "the last half of the blocks skipped", skip="last:0.5"),
         _lora("hollow30", "Hollowed Net, 30 % of the blocks", skip="hollow:0.3"),
         _lora("hollow50", "Hollowed Net, 50 % of the blocks", skip="hollow:0.5"),
-        _lora("hollow50-patches", "Hollowed Net, 50 % of the blocks, dynamic patches", skip="hollow:0.5", patches="dynamic"),
+        _patches("hollow50-patches", "Hollowed Net, 50 % of the blocks, dynamic patches", skip="hollow:0.5"),
         *BY_SCHEDULE,
         *PACKED,
         ZOODIP,
