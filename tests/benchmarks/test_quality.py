@@ -142,7 +142,7 @@ def test_costs_are_measured_in_fresh_processes_once(tmp_path, monkeypatch):
         )
     assert [request["recipe"] for request in requests[:2]] == [
         {"instance_prompt": "x", "steps": 5},
-        {"instance_prompt": "x", "steps": 5, "skip": "auto", "patches": "dynamic"},
+        {"instance_prompt": "x", "steps": 5, "skip": "auto", "patches": "dynamic", "patch_min": 96},
     ]
     rows = read_rows(out)
     assert [(row["method"], row["repeat"]) for row in rows] == [
