@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.quality.subjects import IDENTIFIER, AskedPrompt
-from pocketune.embedders import DEFAULT_MODELS, ClipEmbedder, DinoEmbedder, ImageEmbedder, first_line, projected
-from pocketune.errors import ModelError
+from pocketune.embedders import DEFAULT_MODELS, ClipEmbedder, DinoEmbedder, ImageEmbedder, projected
+from pocketune.errors import ModelError, first_line
 from pocketune.pocket.judges import load_attribute_classifier, load_subject_embedder
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pocketune.errors import ModelError
+from pocketune.errors import ModelError, first_line
 
 DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
 """Those of the DreamBooth paper (Ruiz et al. 2023): ViT-S/16 DINO and CLIP ViT-B/32."""
@@ -70,11 +70,6 @@ def projected(features: Any) -> Tensor:
     """Take the projected embedding out of the object that transformers 5 wraps it in."""
     pooled: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return pooled
-
-
-def first_line(error: Exception) -> str:
-    """What a library says first."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _load(model: str) -> tuple[Any, Any]:

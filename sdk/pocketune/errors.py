@@ -49,3 +49,8 @@ class NoEffectError(PocketuneError):
 
 class Interrupted(PocketuneError):  # noqa: N818 - it is an outcome that the user chose, not a fault
     """The user stopped the job; a checkpoint was saved and the message says how to resume."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says first, in at most 200 characters; the kind of its error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -14,6 +14,7 @@ from pocketune.jsonfile import read_object
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
 from pocketune.scalesfile import describe_scales
 from pocketune.tensorfile import TensorFile, open_tensor_file
+from pocketune.weights.files import weight_files
 
 LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
 SCALES_FILE = Path("scales/pocketune_scales.safetensors")
@@ -52,12 +53,16 @@ def inspect(path: Path | str) -> Inspection:
 
     Raises:
         FileFormatError: it is missing, damaged, a pickle, or none of the known kinds.
+        ModelError: a model lacks some of its weight files.
     """
     path = Path(path)
+    head = None
     try:
         if path.is_dir():
             return _inspect_folder(path)
-        head = path.open("rb").read(16) if path.is_file() else None
+        if path.is_file():
+            with path.open("rb") as file:
+                head = file.read(16)
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
         raise FileFormatError(msg) from error
@@ -170,8 +175,8 @@ def _inspect_model(folder: Path) -> Inspection:
         if not (folder / name).is_dir():
             notes.append(f"Component {name} is listed in model_index.json but its folder is missing.")
             continue
-        files = [open_tensor_file(path) for path in _weight_files(folder / name)]
-        if files:
+        if any((folder / name).glob("*.safetensors*")):
+            files = [open_tensor_file(path) for path in weight_files(folder / name, name=name)]
             entries = [entry for file in files for entry in file.tensors]
             components[name] |= {
                 "parameters": sum(file.parameters for file in files),
@@ -188,19 +193,6 @@ def _inspect_model(folder: Path) -> Inspection:
         "components": components,
     }
     return Inspection(kind="model", path=str(folder), size_bytes=_size(folder), facts=facts, notes=tuple(notes))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Give the files that together hold a component once: the shards of an index, else the file without a variant name."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: (path.name.count("."), path.name))
-    if indexes:
-        shards = read_object(indexes[0]).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            msg = f"{indexes[0]} is damaged: expected a weight_map of file names in the same folder. Copy the model again."
-            raise FileFormatError(msg)
-        return sorted(folder / name for name in names)
-    return sorted(folder.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))[:1]
 
 
 def _inspect_bundle(path: Path) -> Inspection:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pocketune.delta import LORA_FILE, check_lora_loads, load_lora, save_lora, trained_norms
-from pocketune.errors import FileFormatError
+from pocketune.errors import FileFormatError, first_line
 from pocketune.methods.base import METHOD_KEY, Tuned, TuningMethod
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import ScalesMethod
@@ -57,9 +57,8 @@ class LoraMethod:
         try:
             load_lora(pipeline, path)
         except Exception as error:  # diffusers and peft raise many kinds here, all of which mean the same to the user
-            first = str(error).strip().splitlines()[0][:200]
             msg = (
-                f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first}. "
+                f"{path} does not load into {folder.name} ({folder.denoiser_kind}): {first_line(error)}. "
                 "Use the model that it was trained on."
             )
             raise FileFormatError(msg) from error

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pocketune.errors import ModelError, PlanError
+from pocketune.models.hub import download
 from pocketune.weights import quant
 from pocketune.weights.files import weight_files
 from pocketune.weights.packed import packed_copy
@@ -102,6 +105,54 @@ def test_packed_copy_is_made_once_and_holds_what_packing_gives(tmp_path: Path, b
     part = torch.empty(3, 64, 1)
     copy.matrix("w").read(range(2, 5), range(64, 128), part)
     assert torch.equal(part.squeeze(2), copy.load("w", dtype=torch.float32)[2:5, 64:128])
+
+
+def test_variants_beside_a_model_are_left_alone(tmp_path: Path) -> None:
+    """A U-Net of Stable Diffusion 1.5 lies on the hub four times, each time whole."""
+    variants = ("", ".fp16", ".non_ema", ".non_ema.fp16")
+    for variant in variants:
+        save_file({"w": matrix(2, 2)}, tmp_path / f"diffusion_pytorch_model{variant}.safetensors")
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text("{}")
+    assert weight_files(tmp_path, name="it") == [tmp_path / "diffusion_pytorch_model.safetensors"]
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "diffusion_pytorch_model.non_ema.safetensors").unlink()
+    assert weight_files(tmp_path, name="it") == [tmp_path / "diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_what_is_downloaded_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = [
+        *(f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16", ".non_ema")),
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "safety_checker/model.safetensors",
+        "model_index.json",
+    ]
+    asked: dict[str, Any] = {}
+
+    def download_all(hub_id: str, **given: Any) -> str:
+        asked.update(given)
+        return str(tmp_path)
+
+    def wanted() -> list[str]:
+        assert download("owner/name") == tmp_path
+        return list(huggingface_hub.utils.filter_repo_objects(names, **asked))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download_all)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: names)
+    kept = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "model_index.json"]
+    assert wanted() == kept
+
+    def offline(_: str) -> list[str]:
+        raise huggingface_hub.errors.OfflineModeIsEnabled
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    assert wanted() == [kept[0], kept[2]]
+
+    def missing(*_: Any, **__: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
+    with pytest.raises(ModelError, match="cannot download owner/name: OSError"):
+        download("owner/name")
 
 
 def test_damage_is_told(tmp_path: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from pocketune.errors import ModelError
+from pocketune.errors import ModelError, first_line
+from pocketune.weights.files import plain_weights
+
+_FORMATS = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
+_SAFETY_CHECKER = "safety_checker/*"
+_VARIANTS = "*.*.safetensors"
 
 
 def download(hub_id: str) -> Path:
-    """The local folder of a model of the hub, without weights in other formats than safetensors.
+    """The local folder of a model of the hub: safetensors alone, and of each part one set of weights.
 
     Args:
         hub_id: as "owner/name".
@@ -16,13 +23,27 @@ def download(hub_id: str) -> Path:
     Raises:
         ModelError: it is not there, or cannot be reached.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        ignored = unneeded(list_repo_files(hub_id))
+    except Exception:  # of many kinds; without the hub, what was downloaded before will do, or it is said below why not
+        ignored = [_SAFETY_CHECKER, _VARIANTS]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_FORMATS, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        msg = f"cannot download {hub_id}: {first}. Check the name and the network, or give a local diffusers folder."
+        msg = (
+            f"cannot download {hub_id}: {first_line(error)}. Check the name and the network, or give a local diffusers folder."
+        )
         raise ModelError(msg) from error
+
+
+def unneeded(names: Iterable[str]) -> list[str]:
+    """Of the files of a model, what nothing here loads: the safety checker, and variants of weights that are there without."""
+    folders = defaultdict(list)
+    for name in names:
+        folders[name.rpartition("/")[0]].append(name)
+    weights = [name for found in folders.values() for name in found if name.endswith(".safetensors")]
+    kept = {name for found in folders.values() for name in plain_weights(found)}
+    return [_SAFETY_CHECKER, *sorted(set(weights) - kept)]

@@ -20,7 +20,7 @@ from pocketune.models.hub import download
 from pocketune.models.positions import crop_table
 from pocketune.models.quiet import building, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
-from pocketune.weights.files import weight_files, weights_digest
+from pocketune.weights.files import plain_weights, weight_files, weights_digest
 from pocketune.weights.fill import RESIDENT, Residence, fill
 from pocketune.weights.packed import packed_copy
 from pocketune.weights.quantizers import Quantization, pack_layers
@@ -122,8 +122,8 @@ class ModelFolder:
         """
         parts: list[Any] = [self.denoiser_config, self.vae_config]
         for folder in (self.family.component, "vae", *self.family.text_encoders):
-            for file in sorted((self.path / folder).glob("*.safetensors")):
-                parts.append([folder, file.name, weights_digest(file)])
+            for file in plain_weights(found.name for found in (self.path / folder).glob("*.safetensors")):
+                parts.append([folder, file, weights_digest(self.path / folder / file)])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def scheduler(self) -> Any:

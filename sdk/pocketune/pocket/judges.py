@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pocketune.errors import FileFormatError
+from pocketune.errors import FileFormatError, first_line
 from pocketune.jsonfile import read_object
 from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS, PATTERNS, PLACES, SIZES, TOY
 
@@ -162,7 +162,6 @@ def _filled(model: _Judge, path: Path) -> _Judge:
         tensors = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
         model.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        msg = f"{path} does not hold the weights of this {type(model).__name__}: {first} Train the judges again."
+        msg = f"{path} does not hold the weights of this {type(model).__name__}: {first_line(error)} Train the judges again."
         raise FileFormatError(msg) from error
     return model.eval().requires_grad_(False)

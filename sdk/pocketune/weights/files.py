@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from pocketune.errors import ModelError
 
 
 def weight_files(folder: Path, *, name: str) -> list[Path]:
-    """The safetensors files of a model's part: the shards that an index names, else all but half-precision variants.
+    """The safetensors files of a model's part: the shards that an index names, else those of `plain_weights`.
 
     Args:
         folder: of the part.
@@ -19,13 +20,12 @@ def weight_files(folder: Path, *, name: str) -> list[Path]:
     Raises:
         ModelError: there are none, or a shard is missing.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in found if ".fp16." not in file.name and ".bf16." not in file.name]
+    found = [file.name for file in folder.glob("*.safetensors")]
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        if ".fp16." in index.name or ".bf16." in index.name:
-            continue
+        if index.name.count(".") > 3:
+            continue  # of a variant
         shards = _indexed_shards(index)
-        missing = sorted(shards - {file.name for file in found})
+        missing = sorted(shards - set(found))
         if missing:
             msg = (
                 f"{name} lacks {len(missing)} of {len(shards)} weight files in {folder}, first {missing[0]}. Download it again."
@@ -35,7 +35,17 @@ def weight_files(folder: Path, *, name: str) -> list[Path]:
     if not found:
         msg = f"{name} has no safetensors weights in {folder}. Other formats are not read; convert the model with diffusers."
         raise ModelError(msg)
-    return plain or found
+    return [folder / file for file in plain_weights(found)]
+
+
+def plain_weights(names: Iterable[str]) -> list[str]:
+    """Of the files in one folder, the safetensors files of the model itself, sorted, and a variant's where there are no others.
+
+    Variants, as `fp16` and `non_ema`, have one more part in their names; each is the whole model again.
+    """
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    fewest = min((name.count(".") for name in found), default=0)
+    return [name for name in found if name.count(".") == fewest]
 
 
 def weights_digest(path: Path) -> str:
@@ -63,7 +73,7 @@ def _indexed_shards(index: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"the index {index} is damaged ({error}). Download the model again."
         raise ModelError(msg) from error
-    if any(Path(shard).name != shard for shard in shards):
-        msg = f"the index {index} names files outside of its folder. Download the model from its publisher."
+    if not shards or any(Path(shard).name != shard for shard in shards):
+        msg = f"the index {index} names no files, or some outside of its folder. Download the model from its publisher."
         raise ModelError(msg)
     return shards
