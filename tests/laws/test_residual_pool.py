@@ -15,6 +15,7 @@ from pocketune.errors import Interrupted, RecipeError
 from pocketune.features.cache import FeatureCache, remove_other_caches
 from pocketune.features.precompute import cache_bytes
 from pocketune.features.storage import pack, stored_bytes, unpack
+from pocketune.memory import read_memory
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder
@@ -74,6 +75,21 @@ def test_cache_measures_what_storing_changes(dtype: str, bounds: tuple[float, fl
             squared += float(whole.double().square().sum())
     assert found.relative_error == pytest.approx(math.sqrt(squared_error / squared), rel=1e-6)
     assert bounds[0] <= found.relative_error <= bounds[1]
+
+
+def test_reading_a_cache_does_not_bring_it_into_memory(tmp_path: Path) -> None:
+    span, width, draws = Span(2, 4, skipped=True), 250_000, 60  # 60 MB in four shards
+    cache = FeatureCache(tmp_path / "c", spans=[span], dtype=torch.float32)
+    for draw in range(draws):
+        cache.put(draw, {span: (torch.ones(1, 1, width),)})
+    cache.flush()
+    cache.get([0], device=CPU, dtype=torch.float32)  # brings in the code that reads
+    before = read_memory()
+    if not before.file_bytes:
+        pytest.skip("this system does not tell mapped files apart")
+    for draw in range(draws):
+        cache.get([draw], device=CPU, dtype=torch.float32)
+    assert read_memory().file_bytes - before.file_bytes < cache.size_bytes / 10
 
 
 def test_other_caches_are_removed(tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ class Shards(Generic[Tensor]):
         self._save = save
         self._pending: dict[str, Tensor] = {}
         self._pending_sums: dict[str, float] = {}
-        self._open: dict[str, Any] = {}
         self._index: dict[str, dict[str, Any]] = {"shards": {}, "draws": {}, "sums": {}}
         if self._index_path.exists():
             try:
@@ -105,6 +104,8 @@ class Shards(Generic[Tensor]):
     def get(self, draw: int) -> dict[str, Tensor]:
         """The tensors of a draw, by name.
 
+        Its shard is opened for this alone: mapped for good, the whole cache would come to lie in memory.
+
         Raises:
             CacheError: it is in no finished shard.
         """
@@ -112,10 +113,9 @@ class Shards(Generic[Tensor]):
         if name is None:
             msg = f"the feature cache {self._folder} has no draw {draw}: it is incomplete. Delete it and start again."
             raise CacheError(msg)
-        if name not in self._open:
-            self._open[name] = safe_open(self._folder / name, framework=self._framework)
-        shard, prefix = self._open[name], f"{draw}."
-        return {key.removeprefix(prefix): shard.get_tensor(key) for key in shard.keys() if key.startswith(prefix)}  # noqa: SIM118
+        prefix = f"{draw}."
+        with safe_open(self._folder / name, framework=self._framework) as shard:
+            return {key.removeprefix(prefix): shard.get_tensor(key) for key in shard.keys() if key.startswith(prefix)}  # noqa: SIM118
 
     def _verify(self) -> None:
         if set(self._index) != {"shards", "draws", "sums"}:
