@@ -210,6 +210,14 @@ class Recipe(BaseModel):
         small_weights = self.weights == "streamed" or self.weight_bits is not None
         return small_weights or self.activations != "kept" or self.gradient == "zeroth_order"
 
+    def changed(self, **values: Any) -> Self:
+        """The recipe with other values, validated; what was given stays known as given.
+
+        Raises:
+            RecipeError: they do not fit the others.
+        """
+        return type(self).create(**({name: getattr(self, name) for name in self.model_fields_set} | values))
+
     @classmethod
     def create(cls, **values: Any) -> Self:
         """Validate values given by a person.

@@ -65,13 +65,27 @@ def test_every_figure_of_a_device_has_a_source() -> None:
 
 
 def test_the_ladder_begins_with_the_recipe_and_every_step_is_a_valid_recipe() -> None:
-    for given in ({}, {"gradient": "zeroth_order"}, {"activations": "on_disk"}, {"method": "scales", "weight_bits": 8}):
+    for given in (
+        {},
+        {"gradient": "zeroth_order"},
+        {"activations": "on_disk"},
+        {"method": "scales", "weight_bits": 8},
+        {"weight_bits": 4, "quantizer": "hqq"},
+    ):
         found = list(rungs(asked(**given)))
         assert found[0] == asked(**given)
         assert len(found) == len({recipe.model_dump_json() for recipe in found})
         for recipe in found:
             assert Recipe.create(**recipe.model_dump()) == recipe
             assert set(changes(asked(**given), recipe)) <= {"weights", "activations", "optimizer_in_backward", "vae_tile"}
+
+
+@pytest.mark.parametrize("given", [{"method": "scales"}, {"quantizer": "hqq"}, {}])
+def test_packed_weights_keep_their_numbers(given: dict[str, object]) -> None:
+    """On disk they would be packed by groups, in memory they are packed by rows."""
+    assert {recipe.weights for recipe in rungs(asked(weight_bits=4, **given))} == {"resident"}
+    if not given:
+        assert {recipe.weights for recipe in rungs(asked(weight_bits=4, weights="streamed"))} == {"streamed"}
 
 
 def test_a_ledger_is_the_sum_of_its_items(steps: list[tuple[Recipe, Ledger]]) -> None:

@@ -1,6 +1,7 @@
 """Settings from fastest to cheapest. None of them changes what is asked for: what is learned, from what, and how long.
 
-Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers.
+Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers. Nor
+are packed weights streamed: they are packed by groups on disk and by rows in memory, which are other numbers.
 """
 
 from __future__ import annotations
@@ -44,12 +45,11 @@ def _with(recipe: Recipe, step: dict[str, Any]) -> Recipe:
     if recipe.gradient == "zeroth_order":  # it has no backward, for which activations would be kept
         values.pop("activations", None)
         values.pop("optimizer_in_backward", None)
-    if recipe.method == "scales":  # they are held packed in memory
+    if recipe.weight_bits is not None:
         values.pop("weights", None)
     kept = values.get("activations")
     if kept is not None and _ACTIVATIONS.index(recipe.activations) > _ACTIVATIONS.index(kept):
         del values["activations"]
     if recipe.vae_tile is not None:
         values.pop("vae_tile", None)
-    # Fields that were given stay known as given, so that a model's own defaults do not take their place.
-    return recipe.model_copy(update=values)
+    return recipe.changed(**values)

@@ -93,7 +93,7 @@ class MemoryPlan:
         """Take back what `as_dict` gave for what was asked."""
         names = ("budget_bytes", "device_budget_bytes", "needs_bytes", "saved_bytes")
         return cls(
-            recipe=recipe.model_copy(update=values["settings"]),
+            recipe=recipe.changed(**values["settings"]),
             ledger=Ledger.from_dict(values["ledger"]),
             trades=tuple(Trade(**trade) for trade in values["trades"]),
             cheaper=Neighbour(**values["cheaper"]) if values["cheaper"] else None,
@@ -245,15 +245,11 @@ def _proposals(recipe: Recipe, folder: ModelFolder) -> Iterator[tuple[str, Recip
     unit, native = folder.resolution_unit, recipe.resolution or folder.native_resolution
     sides = [side for share in (0.75, 0.5, 0.25) if unit <= (side := int(native * share) // unit * unit) < native]
     if recipe.rank > _LOW_RANK and recipe.method == "lora":
-        yield f"--rank {_LOW_RANK}", recipe.model_copy(update={"rank": _LOW_RANK})
+        yield f"--rank {_LOW_RANK}", recipe.changed(rank=_LOW_RANK)
     if recipe.patches == "none":
         for side in sides:
-            yield f"--resolution {side}", _recipe(recipe, resolution=side)
+            yield f"--resolution {side}", recipe.changed(resolution=side)
     if recipe.skip == "none":
-        yield "--skip auto", _recipe(recipe, skip="auto")
+        yield "--skip auto", recipe.changed(skip="auto")
         if recipe.patches == "none" and sides:
-            yield f"--skip auto --resolution {sides[-1]}", _recipe(recipe, skip="auto", resolution=sides[-1])
-
-
-def _recipe(recipe: Recipe, **values: Any) -> Recipe:
-    return recipe.model_copy(update=values)
+            yield f"--skip auto --resolution {sides[-1]}", recipe.changed(skip="auto", resolution=sides[-1])
