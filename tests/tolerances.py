@@ -26,3 +26,5 @@ SCALES_MERGED = 1e-5
 TRACED_BYTES = 0.02
 # ExecuTorch's XNNPACK against PyTorch, relative to the largest number: it approximates exponentials.
 EXECUTORCH_RELATIVE = 1e-4
+# Pixels of 255 levels in bfloat16, whose kernels sum a tile in another order than a whole layer: a few roundings of 1/128.
+HALF_PRECISION_PIXELS = 16

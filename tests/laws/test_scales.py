@@ -58,6 +58,18 @@ def on_the_float_layer(layer: PackedLayer, x: Tensor, s_out: Tensor, s_in: Tenso
     return nn.functional.linear(x, weight, layer.bias)
 
 
+def test_the_quantizer_s_numbers_stay_as_they_are_in_half_precision(tiny_model: ModelFolder) -> None:
+    """Codes are worth the same in training and in sampling, which packs another pipeline."""
+    models = [
+        tiny_model.load_denoiser(dtype=dtype, device=CPU, quantization=Quantization(8)).model
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for name in packed_layers(models[0]):
+        expected, layer = (model.get_submodule(name) for model in models)
+        assert torch.equal(layer.base, expected.base)
+        assert layer.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("tile", [2**21, 100])
 @pytest.mark.parametrize("inputs", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])

@@ -15,6 +15,7 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
 from pocketune.recompute import saved_to
+from pocketune.sample import run_pipeline
 from pocketune.scratch import Scratch
 from pocketune.step import Batch, diffusion_loss, flow_matching_loss, predict, span_features
 from pocketune.train import forget_activations, new_optimizer, train_step
@@ -22,7 +23,7 @@ from pocketune.weights import stream
 from pocketune.weights.fill import RESIDENT, Residence
 from pocketune.weights.matrix import Matrix
 from pocketune.weights.store import WeightStore
-from tests.tolerances import PACKED_LOSS, SUM_ORDER
+from tests.tolerances import HALF_PRECISION_PIXELS, PACKED_LOSS, SUM_ORDER
 
 CPU = torch.device("cpu")
 STREAMED = Residence(streamed=True)
@@ -229,6 +230,30 @@ def test_streamed_text_encoders_and_autoencoder_are_the_same(
         latents = [folder.load_vae(device=CPU, weights=w).encode(image)[0] for w in (RESIDENT, STREAMED)]
     values = [latent if isinstance(latent, Tensor) else latent.mean for latent in latents]
     assert torch.equal(*values)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "sana", "sdxl"])
+def test_half_precision_is_that_of_the_resident_pipeline(
+    name: str, tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder]
+) -> None:
+    folder = tiny_model if name == "tiny-sd3" else tiny_pipelines(name)
+    images, types = [], []
+    for weights in (RESIDENT, STREAMED):
+        pipeline = folder.pipeline(dtype=torch.bfloat16, device=CPU, weights=weights)
+        encoders = {"vae": pipeline.vae, "text": pipeline.text_encoder}
+        types.append(
+            {
+                (part, path): value.dtype
+                for part, model in encoders.items()
+                for path, value in (*model.named_parameters(), *model.named_buffers())
+                if value.ndim  # Gemma casts a single number where it is used
+            }
+        )
+        prompt = ["a photo of a toy"]
+        images += run_pipeline(pipeline, folder, prompt, seeds=[0], steps=2, guidance=2.0, resolution=64)
+    assert not {name: kind for name, kind in types[0].items() if types[1].get(name) != kind}
+    resident, streamed = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in images)
+    torch.testing.assert_close(streamed, resident, rtol=0, atol=HALF_PRECISION_PIXELS)
 
 
 def test_the_parts_of_a_streamed_pipeline_share_one_buffer(tiny_model: ModelFolder) -> None:

@@ -52,7 +52,7 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
 
 def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops: int, device: torch.device) -> PhaseLedger:
     """The autoencoder over one crop, and the latents of all."""
-    vae, buffer = _vae(folder, recipe)
+    vae, buffer = _vae(folder, recipe, dtype=torch.float32)
     encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
     tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
     streamed = recipe.weights == "streamed"
@@ -82,8 +82,8 @@ def samples_phase(
     whole = BlockPlan(folder.block_count)
     inputs = shaped_batch(folder, adapter, whole, empty, samples=batch * guided, side=side, tokens=text_tokens(folder))
     denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
-    vae, vae_buffer = _vae(folder, recipe)
-    latents = empty(batch, *inputs.latents.shape[1:])
+    vae, vae_buffer = _vae(folder, recipe, dtype=dtype_of(recipe))
+    latents = empty(batch, *inputs.latents.shape[1:]).to(dtype_of(recipe))
     decoding = _pass(lambda: vae.decode(latents))
     encoders = [
         _bytes(_text_encoder(folder, part, dtype=dtype_of(recipe), streamed=streamed)[0], streamed=streamed)
@@ -97,7 +97,7 @@ def samples_phase(
             (
                 (DENOISER, _bytes(adapter.model, streamed=streamed), recipe.dtype + _where(streamed)),
                 ("trained parameters", trained_bytes, "the result"),
-                (VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)),
+                (VAE, _bytes(vae, streamed=streamed), recipe.dtype + _where(streamed)),
                 (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
                 (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),
@@ -138,11 +138,11 @@ def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streame
     return encoder, tiles.tile_bytes
 
 
-def _vae(folder: ModelFolder, recipe: Recipe) -> tuple[Any, int]:
+def _vae(folder: ModelFolder, recipe: Recipe, *, dtype: torch.dtype) -> tuple[Any, int]:
     with building(), init_empty_weights():
         vae = folder.family.vae.from_config(folder.vae_config)
-    retype(vae.eval(), torch.float32)
-    buffer = stream_shapes(vae, dtype=torch.float32).tile_bytes if recipe.weights == "streamed" else 0
+    retype(vae.eval(), dtype)
+    buffer = stream_shapes(vae, dtype=dtype).tile_bytes if recipe.weights == "streamed" else 0
     if recipe.vae_tile is not None:
         use_tiles(vae, recipe.vae_tile, scale=folder.vae_scale)
     return vae.requires_grad_(False), buffer

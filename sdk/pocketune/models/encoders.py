@@ -40,17 +40,21 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
         encoder = model(model.config_class.from_pretrained(folder))
     store = WeightStore(weight_files(folder, name=kind))
     names = stored_names(store, text_encoder_names(encoder))
-    fill(encoder, store, dtype=dtype, device=device, tiles=tiles, stored_name=names)
+    # transformers computes other buffers, such as the frequencies of rotary positions, in float32 whatever the model's type is.
+    fill(encoder, store, dtype=dtype, device=device, tiles=tiles, stored_name=names, cast_buffers=False)
     return encoder.requires_grad_(False).eval()
 
 
-def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: torch.device, tiles: Tiles) -> Any:
-    """An autoencoder in float32, frozen, whose large weights stay on disk.
+def streamed_vae(
+    folder: Path, kind: Any, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, tiles: Tiles
+) -> Any:
+    """An autoencoder, frozen, whose large weights stay on disk.
 
     Args:
         folder: with its weights.
         kind: its class in diffusers.
         config: as diffusers writes it.
+        dtype: of the arithmetic.
         device: where it runs.
         tiles: the buffer for its weights.
 
@@ -60,7 +64,7 @@ def streamed_vae(folder: Path, kind: Any, config: Mapping[str, Any], *, device: 
     with building(), init_empty_weights():
         vae = kind.from_config(config)
     store = WeightStore(weight_files(folder, name="the autoencoder"))
-    fill(vae, store, dtype=torch.float32, device=device, tiles=tiles, stored_name=stored_names(store, vae_names))
+    fill(vae, store, dtype=dtype, device=device, tiles=tiles, stored_name=stored_names(store, vae_names))
     return vae.requires_grad_(False).eval()
 
 

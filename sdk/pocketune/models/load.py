@@ -186,21 +186,30 @@ class ModelFolder:
         return adapter
 
     def load_vae(
-        self, *, device: torch.device, weights: Residence = RESIDENT, tile: int | None = None, tiles: Tiles | None = None
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device,
+        weights: Residence = RESIDENT,
+        tile: int | None = None,
+        tiles: Tiles | None = None,
     ) -> Any:
-        """The VAE in float32, frozen.
+        """The VAE, frozen.
 
         Args:
+            dtype: of its weights and of the arithmetic.
             device: where it runs.
             weights: whether they are held in memory; they are never packed.
             tile: side in pixels of the overlapping tiles in which it works, which changes results a little; default: none.
             tiles: the buffer of streamed weights; default: one of its own.
         """
         if weights.streamed:
-            vae = streamed_vae(self.path / "vae", self.family.vae, self.vae_config, device=device, tiles=tiles or Tiles())
+            vae = streamed_vae(
+                self.path / "vae", self.family.vae, self.vae_config, dtype=dtype, device=device, tiles=tiles or Tiles()
+            )
         else:
             with building():
-                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=dtype).to(device)
         if tile:
             use_tiles(vae, tile, scale=self.vae_scale)
         return vae.requires_grad_(False).eval()
@@ -223,7 +232,7 @@ class ModelFolder:
             return pipeline
         tiles = Tiles()  # one for all parts, which run one after the other
         denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles).model
-        vae = self.load_vae(device=device, weights=weights, tile=tile, tiles=tiles)
+        vae = self.load_vae(dtype=dtype, device=device, weights=weights, tile=tile, tiles=tiles)
         parts = {self.family.component: denoiser, "vae": vae} | self._streamed_encoders(dtype, device, tiles)
         with building():
             return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())

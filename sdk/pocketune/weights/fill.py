@@ -11,6 +11,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from pocketune.errors import ModelError
+from pocketune.weights.layers import PackedLayer
 from pocketune.weights.store import WeightStore
 from pocketune.weights.stream import Tiles, stream
 
@@ -44,18 +45,20 @@ def fill(
     held: Collection[str] = (),
     stored_name: Callable[[str], str] = lambda name: name,
     windows: Windows | None = None,
+    cast_buffers: bool = True,
 ) -> None:
     """Give a model on the meta device its weights, one at a time, with no copy of the whole in between.
 
     Args:
         model: changed in place.
         store: the weights.
-        dtype: of floating-point parameters and buffers.
+        dtype: of floating-point parameters and of buffers that the store has.
         device: where they go.
         tiles: leave large weights on disk, and read them through this buffer; None: hold them.
         held: names of weights that the model has already.
         stored_name: the name that a parameter has in the store.
         windows: tensors that are wanted in part.
+        cast_buffers: whether other floating-point buffers have `dtype` too; those of packed layers are the quantizer's own.
 
     Raises:
         ModelError: a weight is missing, or of another shape than the configuration says.
@@ -77,6 +80,8 @@ def fill(
         except ValueError as error:
             msg = f"the weights are damaged or do not fit the configuration: {error}. Download the model again."
             raise ModelError(msg) from error
+    packed = {path for path, module in model.named_modules() if isinstance(module, PackedLayer)}
     for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and (buffer.dtype != dtype or buffer.device != device):
-            set_module_tensor_to_device(model, name, device, value=buffer, dtype=dtype)
+        kind = dtype if cast_buffers and name.rpartition(".")[0] not in packed else buffer.dtype
+        if buffer.is_floating_point() and (buffer.dtype != kind or buffer.device != device):
+            set_module_tensor_to_device(model, name, device, value=buffer, dtype=kind)
