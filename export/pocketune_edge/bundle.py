@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from pocketune.memory import read_memory
+from pocketune.progress import OnProgress, Progress
+from pocketune_edge.agreement import MANIFEST_FILE, SEAL_FILE
 from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Graph, Manifest
 from pocketune_edge.onnxfile import GraphFile, move_weights, read_graph_file
 from pocketune_edge.reading import MAX_MANIFEST_BYTES, read_manifest
-from pocketune_edge.storage import Archive, Place, Storage, open_storage
+from pocketune_edge.storage import Archive, Place, Storage, open_storage, real_path
 from pocketune_edge.wire import WireError
-from pocketune_export.agreement import MANIFEST_FILE, SEAL_FILE
 
 MAX_GRAPH_BYTES = 2**30
 _CHUNK = 2**20
@@ -70,13 +72,11 @@ def open_bundle(path: str | Path, *, on_bytes: OnBytes | None = None) -> Bundle:
         BundleError: it is missing, damaged, incomplete, contradicts itself, of a newer schema, for another runtime, or asks for
             anything beyond plain operators and its own weights.
     """
-    path = Path(path).absolute()
+    path = real_path(Path(path))
     storage = open_storage(path)
     try:
         content = _sealed_manifest(path, storage)
         manifest = read_manifest(content, str(path))
-        if manifest.backend != "onnx":
-            _refuse(path, f"it is for {manifest.backend}; this runtime runs onnx bundles. Export it with --backend onnx", "")
         bundle = Bundle(path, manifest, storage)
         _check_files(bundle, storage, on_bytes or (lambda *_: None))
         for graph in manifest.graphs:
@@ -85,6 +85,16 @@ def open_bundle(path: str | Path, *, on_bytes: OnBytes | None = None) -> Bundle:
         msg = f"cannot read the bundle {path}: {error.strerror or error}. Check the disk and its permissions."
         raise BundleError(msg) from error
     return bundle
+
+
+def telling(on_progress: OnProgress) -> OnBytes:
+    """An `on_bytes` for `open_bundle` that tells progress."""
+
+    def tell(done: int, total: int) -> None:
+        rss = read_memory().rss_bytes
+        on_progress(Progress(phase="bundle", done=-(-done // 10**6), total=-(-total // 10**6), unit="megabyte", rss_bytes=rss))
+
+    return tell
 
 
 def _sealed_manifest(path: Path, storage: Storage) -> bytes:
@@ -136,7 +146,7 @@ def _check_graph(bundle: Bundle, graph: Graph) -> None:
         found = read_graph_file(bundle.read(graph.file))
     except WireError as error:
         _refuse(path, f"{graph.file} is not a plain ONNX graph: {error}")
-    if bundle.manifest.opset is None or found.opset > bundle.manifest.opset:
+    if found.opset > bundle.manifest.opset:
         _refuse(path, f"{graph.file} has operator set {found.opset}, the manifest says {bundle.manifest.opset}")
     for said, got in ((graph.inputs, found.inputs), (graph.outputs, found.outputs)):
         claimed = sorted((spec.name, spec.shape, spec.dtype) for spec in said)

@@ -83,7 +83,7 @@ def load_result(bundle: Bundle, path: str | Path) -> Adapter:
         LoraError: it is missing, damaged, or of other blocks, rank, strength or packed weights than the bundle's.
     """
     tuned = bundle.manifest.tuned
-    file = _find(Path(path), RESULTS[tuned.method])
+    file = find_result(Path(path), tuned.method)
     try:
         with safe_open(file, framework="np") as opened:  # the library checks the header before anything is read
             metadata = opened.metadata() or {}
@@ -94,13 +94,37 @@ def load_result(bundle: Bundle, path: str | Path) -> Adapter:
                 raise ValueError(msg)
             tensors = {key: opened.get_tensor(key) for key in sorted(keys)}
         if tuned.lora is not None:
-            _check_strength(metadata, tuned.lora)
+            _check_strength(metadata, tuned.lora, component=tuned.parameters[0].key.partition(".")[0])
         else:
             _check_codes(metadata, _parse(bundle.read(tuned.initial))[1])
         return _adapter(tuned, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"{file} does not fit the bundle {bundle.path} ({str(error)[:200]}). Use what was trained with it."
         raise LoraError(msg) from error
+
+
+def find_result(path: Path, *methods: str) -> Path:
+    """The result file of one of some methods; that it is one is not looked at.
+
+    Args:
+        path: a file, a folder that holds one, or a RUN folder.
+        methods: keys of `RESULTS`.
+
+    Raises:
+        LoraError: there is none, or the path cannot be read.
+    """
+    try:
+        for result in (RESULTS[method] for method in methods):
+            for candidate in (path, path / result.name, path / result):
+                if candidate.is_file() and candidate.suffix == ".safetensors":
+                    return candidate
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        raise LoraError(msg) from error
+    what = " or ".join("LoRA" if method == "lora" else method for method in methods)
+    files = " or ".join(RESULTS[method].name for method in methods)
+    msg = f"no {what} at {path}: expected a .safetensors file, or a folder (or RUN) that holds {files}."
+    raise LoraError(msg)
 
 
 def by_name(tuned: Tuned, flat: Floats) -> dict[str, Floats]:
@@ -160,10 +184,10 @@ def _check_codes(metadata: dict[str, str], expected: dict[str, str]) -> None:
         raise ValueError(msg)
 
 
-def _check_strength(metadata: dict[str, str], lora: Lora) -> None:
+def _check_strength(metadata: dict[str, str], lora: Lora, *, component: str) -> None:
     """Alpha and rank are fixed in the graphs, so a file with another strength would silently look different."""
     stored = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    alpha, rank = (stored.get(f"transformer.{name}") for name in ("lora_alpha", "r"))
+    alpha, rank = (stored.get(f"{component}.{name}") for name in ("lora_alpha", "r"))
     if alpha is not None and rank and alpha / rank != lora.alpha / lora.rank:
         msg = f"its strength is alpha {alpha} over rank {rank}, the bundle's is {lora.alpha} over {lora.rank}"
         raise ValueError(msg)
@@ -178,12 +202,3 @@ def _parse(content: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _elements(tuned: Tuned) -> list[int]:
     return [math.prod(parameter.shape) for parameter in tuned.parameters]
-
-
-def _find(path: Path, result: Path) -> Path:
-    for candidate in (path, path / result.name, path / result):
-        if candidate.is_file() and candidate.suffix == ".safetensors":
-            return candidate
-    what = "LoRA" if result.name == LORA_FILE else "scales"
-    msg = f"no {what} at {path}: expected a .safetensors file, or a folder (or RUN) that holds {result.name}."
-    raise LoraError(msg)

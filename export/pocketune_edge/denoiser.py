@@ -7,16 +7,18 @@ weights once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketune_edge.agreement import CARRIED
 from pocketune_edge.manifest import Graph, Manifest, Span
 from pocketune_edge.session import Array, Sessions, Values
-from pocketune_export.agreement import CARRIED
 
 Floats = NDArray[np.float32]
+Tape = dict[int, list[dict[str, Array]]]
+"""What entered each trained block, by block; of each part, its streams."""
 
 
 @dataclass
@@ -32,13 +34,6 @@ class Part:
     context: dict[str, Array]
     streams: dict[str, Array]
     parameters: Floats
-
-
-@dataclass
-class Tape:
-    """What entered each trained block, by block and part."""
-
-    entered: dict[int, list[dict[str, Array]]] = field(default_factory=dict)
 
 
 class Denoiser:
@@ -76,7 +71,7 @@ class Denoiser:
         """
         for block in range(start, stop):
             if tape is not None:
-                tape.entered[block] = [dict(part.streams) for part in parts]
+                tape[block] = [dict(part.streams) for part in parts]
             pieces = self.manifest.pieces("block_forward", block)
             given = [{**part.streams, **part.context, **_slice(pieces[0], part.parameters)} for part in parts]
             for part, found in zip(parts, self._run_pieces(pieces, given), strict=True):
@@ -115,7 +110,7 @@ class Denoiser:
         Returns:
             The losses, and the gradients as flat vectors.
         """
-        tape = Tape()
+        tape: Tape = {}
         parts = self._run(batches, parameters, tape)
         found = self._losses(parts, batches)
         gradients = self._backward(parts, tape, [{"image": of["grad_image"]} for of in found])
@@ -143,12 +138,12 @@ class Denoiser:
     def _backward(self, parts: Sequence[Part], tape: Tape, leaving: Sequence[dict[str, Array]]) -> list[Floats]:
         """Walk the trained blocks backwards; skipped spans pass gradients on unchanged."""
         gradients = [np.zeros_like(part.parameters) for part in parts]
-        for block in sorted(tape.entered, reverse=True):
+        for block in sorted(tape, reverse=True):
             pieces = self.manifest.pieces("block_vjp", block)
             if not pieces:
                 break  # nothing trains from here on down
             changed = _results(self.manifest.pieces("block_forward", block))
-            entered = tape.entered.pop(block)
+            entered = tape.pop(block)
             given = [
                 {**streams, **part.context, **_slice(pieces[0], part.parameters)}
                 | {f"grad_new_{name}": value for name, value in grads.items()}

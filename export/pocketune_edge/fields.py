@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from pocketune_edge.agreement import MAX_ELEMENTS, path_fault
 from pocketune_edge.strict import Rule
-from pocketune_export.agreement import MAX_ELEMENTS, path_fault
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ Name = Annotated[str, Rule(low=1, high=300)]
 BundlePath = Annotated[str, PathRule()]
 Positive = Annotated[float, Rule(above=0)]
 NotNegative = Annotated[float, Rule(low=0)]
-Fraction = Annotated[float, Rule(low=0, below=1)]
+Decay = Annotated[float, Rule(low=0, below=1)]
 Share = Annotated[float, Rule(above=0, below=1)]
 SOME = Rule(low=1)
 """Not empty."""

@@ -18,28 +18,27 @@ from PIL import Image
 from pocketune.allocator import return_freed_memory
 from pocketune.atomic import replacing, write_text
 from pocketune.errors import Interrupted, NoEffectError
-from pocketune.memory import MemoryLog, read_memory
-from pocketune.photos import Photo, load_photos
-from pocketune.progress import OnProgress, Progress, ignore
+from pocketune.memory import MemoryLog
+from pocketune.photos import MAX_PHOTO_SIDE, Photo, load_made_images, load_photos
+from pocketune.progress import OnProgress, ignore
 from pocketune.runfolder import run_folder
 from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
 from pocketune.watch import Watch
 from pocketune_edge.batches import BatchMaker, encode_crops
-from pocketune_edge.bundle import Bundle, open_bundle
+from pocketune_edge.bundle import Bundle, open_bundle, telling
 from pocketune_edge.cache import FeatureCache
 from pocketune_edge.delta import RESULTS, neutral, save_result, start_values
 from pocketune_edge.denoiser import Denoiser
-from pocketune_edge.features import check_bound, key_of, precompute
+from pocketune_edge.features import check_bound, precompute
 from pocketune_edge.sample import GROUP, render
 from pocketune_edge.session import Sessions
 from pocketune_edge.settings import Settings, fingerprint, settings_of
 from pocketune_edge.settings import key_of as hash_of
 from pocketune_edge.state import CheckpointFolder, State
-from pocketune_edge.steps import stepper_of
+from pocketune_edge.steps import Mode, check_mode, stepper_of
 from pocketune_edge.text import Prompt, encode_prompts
 from pocketune_edge.train import train
 
-MAX_PHOTO_SIDE = 2048
 RECORD_FILE = "edge.json"
 _LIBRARIES = ("pocketune", "onnxruntime", "numpy", "pillow", "safetensors", "tokenizers")
 
@@ -112,20 +111,39 @@ class Job:
                 for number, image in zip(missing, images, strict=True):
                     with replacing(paths[number]) as partial:
                         image.save(partial, format="PNG")
-        return [Image.open(path).convert("RGB") for path in paths]
+        return load_made_images(paths)
+
+    @property
+    def mode(self) -> Mode:
+        """How steps are taken."""
+        return "streaming" if self.streaming else "one graph"
+
+    def check(self, pictures: Sequence[Photo]) -> None:
+        """Refuse what cannot work, before anything is made.
+
+        Raises:
+            PlanError: the feature cache would be too large.
+            SettingError: the bundle cannot train in this mode.
+        """
+        manifest, settings = self.bundle.manifest, self.settings
+        check_mode(manifest, settings, mode=self.mode)
+        if self.caches_features:
+            draws = len(self._draw([photo.image for photo in pictures], "instance"))
+            draws *= 2 if settings.class_prompt else 1
+            check_bound(manifest, draws=draws, limit_mb=settings.cache_limit_mb, bfloat16=settings.cache_dtype == "bfloat16")
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether skipped spans are replaced by what they contribute."""
+        plan = self.bundle.manifest.plan
+        return plan.use_residuals and any(span.skipped for span in plan.spans)
 
     def prepare_samples(
         self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
     ) -> tuple[list[tuple[Draw, ...]], BatchMaker]:
         """The draws of each step, and what turns them into graph inputs; every crop is encoded."""
-        manifest, timesteps = self.bundle.manifest, self.bundle.manifest.noise_schedule.train_timesteps
         images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
-        draws, class_draws = (
-            draw_samples(self.settings, [image.size for image in images[kind]], kind=kind, timesteps=timesteps)
-            if images[kind]
-            else ()
-            for kind in ("instance", "class")
-        )
+        draws, class_draws = (self._draw(images[kind], kind) for kind in ("instance", "class"))
         with self.phase("latents") as sessions:
             posteriors = encode_crops(
                 sessions,
@@ -133,20 +151,22 @@ class Job:
                 (*draws, *class_draws),
                 on_crop=lambda done, total: self.watch.tell("latents", done, total, "photo"),
             )
-        make_batch = BatchMaker(manifest, posteriors, prompts, prior_loss_weight=self.settings.prior_loss_weight)
+        weight = self.settings.prior_loss_weight
+        make_batch = BatchMaker(self.bundle.manifest, posteriors, prompts, prior_loss_weight=weight)
         return step_draws(self.settings, draws, class_draws), make_batch
+
+    def _draw(self, images: Sequence[Image.Image], kind: Kind) -> tuple[Draw, ...]:
+        """The draws of images, if there are any."""
+        timesteps, sizes = self.bundle.manifest.noise_schedule.train_timesteps, [image.size for image in images]
+        return draw_samples(self.settings, sizes, kind=kind, timesteps=timesteps) if sizes else ()
 
     def fill_cache(self, batches: Sequence[Sequence[Draw]], make_batch: BatchMaker, key: str) -> FeatureCache | None:
         """Run the frozen model over all draws and store what skipped spans contribute."""
-        plan = self.bundle.manifest.plan
-        if not plan.use_residuals or not any(span.skipped for span in plan.spans):
+        if not self.caches_features:
             return None
-        bfloat16 = self.settings.cache_dtype == "bfloat16"
-        distinct = {key_of(draw) for draws in batches for draw in draws}
-        check_bound(self.bundle.manifest, draws=len(distinct), limit_mb=self.settings.cache_limit_mb, bfloat16=bfloat16)
         # Each block is used once for many draws, so keeping it open would cost memory and save nothing.
         with self.phase("features", resumable=True, keep=False) as sessions:
-            cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=bfloat16)
+            cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=self.settings.cache_dtype == "bfloat16")
             precompute(
                 Denoiser(sessions),
                 batches,
@@ -173,7 +193,7 @@ class Job:
             began = time.process_time()
 
         with self.phase("training") as sessions:
-            stepper = stepper_of(sessions, self.settings, mode="streaming" if self.streaming else "one graph")
+            stepper = stepper_of(sessions, self.settings, mode=self.mode)
             state = train(
                 stepper,
                 self.settings,
@@ -228,13 +248,14 @@ def personalize(
         return_freed_memory()
     with MemoryLog() as memory:
         memory.phase("bundle")
-        opened = open_bundle(bundle, on_bytes=lambda done, total: _tell_bytes(on_progress, done, total))
+        opened = open_bundle(bundle, on_bytes=telling(on_progress))
         settings, recipe = settings_of(opened.manifest, changes or {})
         job = Job(opened, settings, run, streaming, threads, Watch(memory, on_progress))
         with job.phase("photos"):
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         hashes = [photo.sha256 for photo in pictures]
         identity = fingerprint(opened.manifest, recipe, hashes)
+        job.check(pictures)
         with run_folder(run, resume=resume, fingerprint=identity):
             prompts = job.encode_prompts()
             batches, make_batch = job.prepare_samples(pictures, job.make_class_images(), prompts)
@@ -264,8 +285,3 @@ def personalize(
 def _content(bundle: Bundle) -> list[list[str]]:
     """What features depend on: bundles of other precision give other features."""
     return [[file.path, file.sha256] for file in bundle.manifest.files]
-
-
-def _tell_bytes(on_progress: OnProgress, done: int, total: int) -> None:
-    rss = read_memory().rss_bytes
-    on_progress(Progress(phase="bundle", done=-(-done // 10**6), total=-(-total // 10**6), unit="megabyte", rss_bytes=rss))

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from pocketune_edge.agreement import Role
 from pocketune_edge.errors import BundleError
-from pocketune_edge.fields import SOME, BundlePath, Count, Digest, Fraction, Name, NotNegative, Positive, Share, Size
+from pocketune_edge.fields import SOME, BundlePath, Count, Decay, Digest, Name, NotNegative, Positive, Share, Size
 from pocketune_edge.strict import Rule
-from pocketune_export.agreement import Role
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Optimizer:
     """AdamW, or plain descent."""
 
     kind: Literal["adamw", "descent"]
-    beta1: Fraction
-    beta2: Fraction
+    beta1: Decay
+    beta2: Decay
     learning_rate: Positive
     in_learning_rate: Positive | None
     weight_decay: NotNegative
@@ -243,8 +243,8 @@ class Manifest:
 
     schema_version: Literal[1]
     pocketune_version: Name
-    backend: Literal["onnx", "executorch"]
-    opset: Annotated[int, Rule(low=1, high=20)] | None
+    backend: Literal["onnx"]
+    opset: Annotated[int, Rule(low=1, high=20)]
     model: Model
     recipe: dict[str, Any]
     plan: Plan

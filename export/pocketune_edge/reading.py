@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from pocketune_edge.agreement import (
+    SCHEMA_MINOR,
+    SCHEMA_VERSION,
+    graph_faults,
+    parameter_faults,
+    plan_faults,
+    size_faults,
+    tensor_faults,
+)
 from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.strict import MisfitError, read
-from pocketune_export.agreement import SCHEMA_MINOR, SCHEMA_VERSION, graph_faults, parameter_faults, plan_faults, tensor_faults
 
 MAX_MANIFEST_BYTES = 32 * 2**20
 
@@ -51,7 +58,7 @@ def read_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-def _faults(manifest: Any) -> list[str]:
-    """What contradicts itself, by the exporter's own rules, which read attributes only."""
-    faults = [*plan_faults(manifest), *parameter_faults(manifest.tuned), *graph_faults(manifest)]
+def _faults(manifest: Manifest) -> list[str]:
+    """What contradicts itself."""
+    faults = [*plan_faults(manifest), *parameter_faults(manifest.tuned), *graph_faults(manifest), *size_faults(manifest)]
     return faults + [fault for graph in manifest.graphs for fault in tensor_faults(graph)]

@@ -43,9 +43,10 @@ def render(
         parameters: the vectors of what was trained, of all intervals; `neutral` for the base model.
         on_step: called with (done, total) sampler steps of all images.
     """
-    encoded = encode_prompts(sessions, prompts)
-    negative = negative_prompt(sessions) if guidance > 1 else None
-    shape = (1, *sessions.bundle.manifest.batch.latent_shape)
+    manifest = sessions.bundle.manifest
+    encoded = encode_prompts(sessions, [*prompts, ""] if guidance > 1 else prompts)
+    negative = negative_prompt(manifest, encoded[""]) if guidance > 1 else None
+    shape = (1, *manifest.batch.latent_shape)
     total = len(prompts) * steps
     for start in range(0, len(prompts), GROUP):
         chosen = range(start, min(start + GROUP, len(prompts)))

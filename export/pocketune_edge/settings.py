@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+from pocketune_edge.agreement import SCHEMA_MINOR
 from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.fields import NotNegative, Positive
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.strict import MisfitError, Rule, read
-from pocketune_export.agreement import SCHEMA_MINOR
 
 CHANGEABLE = (
     "instance_prompt",
@@ -109,12 +109,13 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
     if inert:
         msg = f"{inert[0]} has no effect on the steps of this bundle. Leave it out, or export a bundle with another gradient."
         raise SettingError(msg)
-    recipe = manifest.recipe | given
     try:
-        return Settings.of(recipe, older=older), recipe
+        settings = Settings.of(manifest.recipe | given, older=older)
     except MisfitError as error:
         msg = f"a setting is not valid: {error}. `pocketune-edge personalize --help` lists them."
         raise SettingError(msg) from error
+    # As they were read: 1 for a rate is 1.0, which has another fingerprint.
+    return settings, manifest.recipe | {name: getattr(settings, name) for name in given}
 
 
 def fingerprint(manifest: Manifest, recipe: dict[str, Any], photos: Sequence[str]) -> str:

@@ -70,6 +70,21 @@ class OneGraph:
         return [float(of["loss"]) for of in found], [_floats(of["gradients"]) for of in found]
 
 
+def check_mode(manifest: Manifest, settings: Settings, *, mode: Mode) -> None:
+    """Refuse a mode that a bundle has no graphs for.
+
+    Raises:
+        SettingError: it cannot be trained block by block.
+    """
+    backward = any(graph.role == "block_vjp" for graph in manifest.graphs)
+    if mode == "streaming" and settings.gradient == "backprop" and not backward:
+        msg = (
+            "this bundle trains scales outside of blocks, and block by block it has no backward graphs for them. Run without "
+            "--streaming, or export with skipped blocks, where only scales of kept blocks train."
+        )
+        raise SettingError(msg)
+
+
 def stepper_of(sessions: Sessions, settings: Settings, *, mode: Mode) -> Stepper:
     """What computes the steps of a bundle.
 
@@ -77,14 +92,11 @@ def stepper_of(sessions: Sessions, settings: Settings, *, mode: Mode) -> Stepper
         sessions: those for one graph keep graphs open, those for streaming do not.
         settings: of the run.
         mode: one graph a step, or block by block.
+
+    Raises:
+        SettingError: as of `check_mode`.
     """
-    backward = {graph.role for graph in sessions.bundle.manifest.graphs} & {"block_vjp"}
-    if mode == "streaming" and settings.gradient == "backprop" and not backward:
-        msg = (
-            "this bundle trains scales outside of blocks, and block by block it has no backward graphs for them. Run without "
-            "--streaming, or export with skipped blocks, where only scales of kept blocks train."
-        )
-        raise SettingError(msg)
+    check_mode(sessions.bundle.manifest, settings, mode=mode)
     way = OneGraph(sessions) if mode == "one graph" else Denoiser(sessions)
     if settings.gradient == "zeroth_order":
         return ZerothOrder(sessions, settings, way)

@@ -129,6 +129,14 @@ class Archive:
         raise BundleError(msg)
 
 
+def real_path(path: Path) -> Path:
+    """The place that links lead to: the runtime maps weights only from there. A path that leads nowhere stays as it is."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links in a circle are a RuntimeError before Python 3.13
+        return path.absolute()
+
+
 def open_storage(path: Path) -> Storage:
     """The files of a bundle.
 

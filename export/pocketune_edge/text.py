@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.errors import BundleError
-from pocketune_edge.manifest import TextEncoder
+from pocketune_edge.manifest import Manifest, TextEncoder
 from pocketune_edge.session import Array, Sessions, Values
 
 
@@ -23,7 +23,7 @@ class Prompt:
 
 
 def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prompt]:
-    """Encode each distinct prompt, one part of an encoder in memory at a time.
+    """Encode each distinct prompt, one part of an encoder in memory at a time, which is opened once for all.
 
     Raises:
         BundleError: a tokenizer is damaged.
@@ -35,9 +35,9 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
         graphs = manifest.named(encoder.graphs)
         rows = graphs[0].shape_of("ids")[0]
         tokenizer = _tokenizer(sessions.bundle, encoder)
-        for prompt in distinct:
-            ids = np.array(tokenizer.encode(prompt).ids, np.int64)
-            given = sessions.run_parts(graphs, {"ids": np.repeat(ids[None], rows, axis=0)}, ("hidden", "pooled"))
+        ids = [np.array(tokenizer.encode(prompt).ids, np.int64)[None] for prompt in distinct]
+        batches = [{"ids": np.repeat(row, rows, axis=0)} for row in ids]
+        for prompt, given in zip(distinct, sessions.run_parts_of_all(graphs, batches, ("hidden", "pooled")), strict=True):
             found[prompt] |= {f"{name}_{encoder.number}": value[:1] for name, value in given.items()}
     with sessions.opened(manifest.graph("text_join")) as session:
         return {
@@ -45,14 +45,9 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
         }
 
 
-def negative_prompt(sessions: Sessions) -> Prompt:
-    """What guidance leads away from: the empty prompt, or zeros where the model was trained so.
-
-    Raises:
-        BundleError: a tokenizer is damaged.
-    """
-    [empty] = encode_prompts(sessions, [""]).values()
-    if not sessions.bundle.manifest.model.zero_negative:
+def negative_prompt(manifest: Manifest, empty: Prompt) -> Prompt:
+    """What guidance leads away from: the encoded empty prompt, or zeros where the model was trained so."""
+    if not manifest.model.zero_negative:
         return empty
     return Prompt(np.zeros_like(empty.hidden), None if empty.pooled is None else np.zeros_like(empty.pooled))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pocketune.errors import Interrupted, RunError
 from pocketune.sampling.draws import Draw
 from pocketune_edge.batches import BatchMaker
@@ -40,16 +42,20 @@ def train(
 
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was saved.
-        RunError: the loss is no number any more.
+        RunError: the loss, or what trains, is no number any more.
     """
     try:
         while state.step < settings.steps:
             draws = batches[state.step]
             features = [cache.get(key_of(draw)) for draw in draws] if cache is not None else ()
-            following = stepper(state, make_batch(draws, features)).state
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
+                following = stepper(state, make_batch(draws, features)).state
             loss = following.losses[-1]
             if not math.isfinite(loss):
                 msg = f"the loss became {loss} at step {following.step}. Try a lower learning rate, in a new run."
+                raise RunError(msg)
+            if not np.isfinite(following.parameters).all():
+                msg = f"step {following.step} led to infinity or NaN. Try a lower learning rate, in a new run."
                 raise RunError(msg)
             state = following
             on_step(state.step, settings.steps, loss)

@@ -8,14 +8,14 @@ import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
-from pocketune_export.agreement import MANIFEST_FILE, SEAL_FILE
+from pocketune_edge.agreement import MANIFEST_FILE, SEAL_FILE
 from pocketune_export.manifest import File, Manifest
 from pocketune_export.weights import ALIGNMENT
 
@@ -28,26 +28,46 @@ _PADDING_FIELD = 0xD935
 """Extra field of a zip entry that only pads, as Android's zipalign writes it."""
 
 
+def check_new(out: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        RunError: `out` exists already, or cannot be looked at.
+    """
+    try:
+        taken = out.exists()
+    except OSError as error:
+        msg = f"cannot write {out}: {error.strerror or error}. Choose another --out."
+        raise RunError(msg) from error
+    if taken:
+        msg = f"{out} exists already. Choose another --out, or delete it."
+        raise RunError(msg)
+
+
+def new_bundle_folder(out: Path) -> AbstractContextManager[Path]:
+    """As `new_folder`, but packed into one file if `out` ends in ".ptb"."""
+    return new_folder(out, finish=pack if out.suffix == ARCHIVE_SUFFIX else Path.rename)
+
+
 @contextmanager
-def new_bundle_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to fill; when the block ends well it becomes `out`, or is packed into it if `out` ends in ".ptb".
+def new_folder(out: Path, *, finish: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
+    """Give a folder to fill; when the block ends well it becomes `out`.
+
+    Args:
+        out: does not exist.
+        finish: makes `out` of the folder.
 
     Raises:
         RunError: `out` exists already, or cannot be written.
     """
-    if out.exists():
-        msg = f"{out} exists already. Choose another --out, or delete it."
-        raise RunError(msg)
+    check_new(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as scratch:
-            folder = Path(scratch) / "bundle"
+            folder = Path(scratch) / "folder"
             folder.mkdir()
             yield folder
-            if out.suffix == ARCHIVE_SUFFIX:
-                pack(folder, out)
-            else:
-                folder.rename(out)
+            finish(folder, out)
     except OSError as error:
         msg = f"cannot write {out}: {error.strerror or error}. Free some space or choose another --out."
         raise RunError(msg) from error

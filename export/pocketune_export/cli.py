@@ -66,6 +66,7 @@ def export(
 ) -> None:
     """Export the training step of a model and a recipe, and all that a device needs around it."""
     if context.invoked_subcommand is not None:
+        context.default_map = {context.invoked_subcommand: {"as_json": as_json, "quiet": quiet}}
         return
     with clear_errors():
         if recipe is None:
@@ -109,7 +110,7 @@ def verify(
     with clear_errors():
         with needing_extra("onnx"):
             from pocketune.memory import read_memory
-            from pocketune_edge.bundle import open_bundle
+            from pocketune_edge.bundle import open_bundle, telling
             from pocketune_export.verify import verify as compare
 
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
@@ -118,7 +119,8 @@ def verify(
                 display(Progress(phase="steps", done=done, total=total, unit="step", rss_bytes=read_memory().rss_bytes))
 
             mode: Mode = "streaming" if streaming else "one graph"
-            found = compare(open_bundle(bundle), model=model, steps=steps, mode=mode, seed=seed, on_step=tell)
+            opened = open_bundle(bundle, on_bytes=telling(display))
+            found = compare(opened, model=model, steps=steps, mode=mode, seed=seed, on_step=tell)
     if as_json:
         typer.echo(json.dumps(_comparison(found) | {"gradients": dict(found.gradients), "parameters": dict(found.parameters)}))
     elif not quiet:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pocketune_export.agreement import CARRIED
+from pocketune_edge.agreement import CARRIED
 from pocketune_export.capture import NAMES, Capture
 from pocketune_export.graphspec import TensorSpec
 

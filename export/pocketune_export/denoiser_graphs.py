@@ -12,7 +12,7 @@ from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
 from pocketune.step import Batch
 from pocketune.train import loss_of, output_loss
-from pocketune_export.agreement import Role
+from pocketune_edge.agreement import Role
 from pocketune_export.capture import Capture, capture, with_weights
 from pocketune_export.graphspec import TensorSpec
 from pocketune_export.layout import Layout, layout_of, without_gradient, without_use

@@ -21,9 +21,9 @@ from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
 from pocketune.sampling.directions import Probing
+from pocketune_edge.agreement import Role
 from pocketune_export import manifest as m
-from pocketune_export.agreement import Role
-from pocketune_export.bundle import new_bundle_folder
+from pocketune_export.bundle import check_new, new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
 from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of, zero_negative
@@ -102,13 +102,17 @@ def export_variants(
         if variant.block is not None and variant.block < 2:
             msg = f"a block of {variant.block} weights cannot share a scale. Give a block of 2 or more, such as 32."
             raise PlanError(msg)
+        if variant.block is not None and variant.weights not in ("int8", "int4"):
+            msg = f"{variant.weights} weights have no scales for a block to share. Give --weights int8 or int4, or no block."
+            raise PlanError(msg)
+        check_new(variant.out)
+    check_exportable(recipe)
     folder = open_model(model)
     if folder.family not in EXPORTABLE:
         titles = " and ".join(family.title for family in EXPORTABLE)
         msg = f"{folder.name} is a {folder.family.title}; so far only {titles} can be exported. Train it with `pocketune`."
         raise ModelError(msg)
     recipe = folder.family.complete(recipe)
-    check_exportable(recipe)
     with ExitStack() as stack:
         scratch = [stack.enter_context(new_bundle_folder(variant.out)) for variant in variants]
         writers = [BundleWriter(at, weights=of.weights, block=of.block) for at, of in zip(scratch, variants, strict=True)]

@@ -17,11 +17,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, helper, numpy_helper
 
-from pocketune.errors import ModelError, RunError
+from pocketune.errors import ModelError
+from pocketune.models import mmdit
 from pocketune.models.load import ModelFolder, open_model
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import load_result, neutral
 from pocketune_edge.manifest import Graph
+from pocketune_export.bundle import check_new, new_folder
 
 Names = Mapping[str, str]
 
@@ -47,13 +49,15 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
 
     Raises:
         LoraError: the LoRA is not one of the bundle.
-        ModelError: there is no such model, or it has a text encoder other than CLIP, or the bundle trains scales.
-        RunError: `out` exists.
+        ModelError: there is no such model, or it is no Stable Diffusion 3, or has a text encoder other than CLIP, or the bundle
+            trains scales.
+        RunError: `out` exists, or cannot be written.
     """
-    if out.exists():
-        msg = f"{out} exists already. Choose another folder."
-        raise RunError(msg)
+    check_new(out)
     folder = open_model(model or bundle.manifest.model.name)
+    if folder.family is not mmdit.FAMILY:
+        msg = f"{folder.name} is a {folder.family.title}, which this folder cannot hold yet. Run it with pocketune-edge."
+        raise ModelError(msg)
     if folder.has("text_encoder_3"):
         msg = f"{folder.name} has a T5 encoder, which this folder cannot hold yet. Run it with pocketune-edge."
         raise ModelError(msg)
@@ -61,6 +65,12 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
         msg = "scales follow the timestep, which one denoiser of this folder cannot. Sample with pocketune-edge."
         raise ModelError(msg)
     flat = neutral(bundle.manifest.tuned) if lora is None else load_result(bundle, lora).flat
+    with new_folder(out) as partial:
+        _write_parts(bundle, folder, flat, partial)
+
+
+def _write_parts(bundle: Bundle, folder: ModelFolder, flat: NDArray[np.float32], out: Path) -> None:
+    """All of the folder, into one that is there."""
     for part in _COPIED:
         if (folder.path / part).is_dir():
             shutil.copytree(folder.path / part, out / part)
@@ -151,7 +161,7 @@ def _joined(
                 added.CopyFrom(port)
                 added.name = outputs[port.name]
         _append(result, part, names, graph.name)
-    opset = helper.make_opsetid("", bundle.manifest.opset or 1)
+    opset = helper.make_opsetid("", bundle.manifest.opset)
     return helper.make_model(result, opset_imports=[opset], ir_version=8, producer_name="pocketune")
 
 

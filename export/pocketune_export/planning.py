@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper, shape_inference
 
-from pocketune_export.agreement import CARRIED
+from pocketune_edge.agreement import CARRIED
 from pocketune_export.graphspec import Graph
 from pocketune_export.manifest import Memory
 

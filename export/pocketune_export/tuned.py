@@ -15,6 +15,7 @@ from torch import nn
 
 from pocketune.delta import LORA_FILE, save_lora
 from pocketune.errors import RecipeError
+from pocketune.headers import with_sorted_metadata
 from pocketune.methods.lora import ADAPTER, add_lora, start_values
 from pocketune.methods.scales import ScalesMethod, digest_of, metadata_of, quantization_of, trained_layers
 from pocketune.models.base import DenoiserAdapter
@@ -26,7 +27,6 @@ from pocketune_export.layout import Layout
 from pocketune_export.scaled import add_scales, remove_scales
 from pocketune_export.sources import DenoiserWeights
 from pocketune_export.weights import Packing
-from pocketune_export.writer import with_sorted_header
 
 LORA_PATH = f"lora/{LORA_FILE}"
 SCALES_PATH = ScalesMethod.result.as_posix()
@@ -82,7 +82,7 @@ def _lora(adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe) -> Trained:
     for name, value in start_values(parameters, rank=recipe.rank, seed=recipe.seed).items():
         set_module_tensor_to_device(adapter.model, name, "cpu", value=value)
     with tempfile.TemporaryDirectory() as scratch:
-        content = with_sorted_header(save_lora(adapter, Path(scratch)).read_bytes())
+        content = save_lora(adapter, Path(scratch)).read_bytes()
     real = {name: adapter.model.get_parameter(name) for name in parameters}
     return Trained(real, LORA_PATH, content, m.Lora(rank=recipe.rank, alpha=float(recipe.rank), targets=targets))
 
@@ -102,7 +102,7 @@ def _scales(
         for name, parameter in parameters.items()
         for interval in range(recipe.scale_intervals)
     }
-    content = with_sorted_header(save(tensors, metadata_of(recipe, adapter.model, codes=codes)))
+    content = with_sorted_metadata(save(tensors, metadata_of(recipe, adapter.model, codes=codes)))
     return Trained(parameters, SCALES_PATH, content, None)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pocketune.errors import ModelError
 from pocketune.weights.quantizers import Quantization
 from pocketune_export.passes import Derived
-from pocketune_export.quantize import Storage, packed_parts, quantize, storage_of
+from pocketune_export.quantize import Storage, group_length, packed_parts, quantize, storage_of
 
 INLINE_BYTES = 1024
 """Smaller tensors stay inside the graphs; ONNX Runtime does not load tiny external data."""
@@ -57,6 +57,8 @@ class WeightStore:
         self._folder = folder
         self.wanted: Storage = wanted
         self.block = block
+        self.blocked = False
+        """Whether a matrix has a scale for each block; rows that blocks do not divide have one scale."""
         self._files: dict[str, _WeightFile] = {}
         self._stored: dict[str, Stored] = {}
 
@@ -89,6 +91,7 @@ class WeightStore:
         parts: dict[str, NDArray[np.generic]] = {}
         if storage in ("int8", "int4") and array.dtype == np.float32:
             quantized = quantize(array, storage=storage, block=self.block)
+            self.blocked |= group_length(array.shape, self.block) == self.block
             parts = {"weight": quantized.values, "scale": quantized.scales}
         elif storage == "fp16" and array.dtype == np.float32 and array.nbytes >= INLINE_BYTES:
             if np.abs(array).max() > FP16_MAX:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pocketune.errors import PlanError
+from pocketune_edge.agreement import SCHEMA_MINOR, SCHEMA_VERSION, Role
 from pocketune_export import manifest as m
-from pocketune_export.agreement import SCHEMA_MINOR, SCHEMA_VERSION, Role
 from pocketune_export.bundle import describe_file, seal
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut_by_bytes
@@ -135,7 +135,16 @@ class BundleWriter:
         self._files.append(path)
 
     def finish(self, described: Described, *, points: int = 1) -> m.Manifest:
-        """Close the weight files and write the manifest; points: where a zeroth-order step measures the loss, else 1."""
+        """Close the weight files and write the manifest; points: where a zeroth-order step measures the loss, else 1.
+
+        Raises:
+            PlanError: the block divides no row of a quantized matrix.
+        """
+        if self._store.block is not None and not self._store.blocked:
+            msg = (
+                f"a block of {self._store.block} weights divides no row of this model's matrices. Give another --weight-block."
+            )
+            raise PlanError(msg)
         files = [m.File(path=path, bytes=size, sha256=digest) for path, (size, digest) in self._store.close().items()]
         files += [describe_file(self._folder, path) for path in self._files]
         manifest = m.Manifest(
@@ -152,11 +161,3 @@ class BundleWriter:
         )
         seal(self._folder, manifest)
         return manifest
-
-
-def with_sorted_header(content: bytes) -> bytes:
-    """A safetensors file with its header sorted, so that equal tensors and metadata give equal bytes."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + length :]

@@ -42,8 +42,8 @@ def describe_bundle(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _of_folder(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return read_object(folder / MANIFEST), {path.name: path.stat().st_size for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    return read_object(folder / MANIFEST), {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _of_archive(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pocketune.errors import PhotoError
+from pocketune.errors import PhotoError, RunError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"})
 """What makes a file in a folder a photo. A file that is named explicitly may have any name."""
@@ -99,6 +99,22 @@ def load_photos(paths: Path | str | Sequence[Path | str], max_side: int | None =
     ]
     # Equal names from different folders are told apart by content, so that the order does not depend on where photos lie.
     return tuple(sorted(photos, key=lambda photo: (photo.name, photo.sha256)))
+
+
+def load_made_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Pictures that a run has made before.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    images = []
+    for path in paths:
+        try:
+            images.append(_decode(_read(path), path, None))
+        except PhotoError as error:
+            msg = f"the picture {path} of this run is damaged. Delete it; the same command with --resume makes it again."
+            raise RunError(msg) from error
+    return images
 
 
 def _files(path: Path) -> list[Path]:

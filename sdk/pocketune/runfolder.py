@@ -13,11 +13,13 @@ from pocketune.atomic import write_text
 from pocketune.errors import Interrupted, RunError
 
 JOB_FILE = "job.json"
+SLOW = ("checkpoints/*.safetensors", "class_images/*.png", "features/*/*.safetensors")
+"""What takes long to make, and is found again by a resumed run."""
 
 
 @contextmanager
 def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
-    """Make RUN, or take up an interrupted one; a new RUN that fails before its first checkpoint is removed again.
+    """Make RUN, or take up an interrupted one; a new RUN that fails before anything in it took long to make is removed again.
 
     Args:
         run: the folder.
@@ -25,14 +27,19 @@ def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
         fingerprint: of all that must not change between the parts of a run.
 
     Raises:
-        RunError: the folder is there and is not to be resumed, or holds no such run.
+        RunError: the folder is there and is not to be resumed, holds no such run, or cannot be read.
     """
     job_file = run / JOB_FILE
-    existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    try:
+        existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        resumable = job_file.is_file()
+    except OSError as error:
+        msg = f"cannot read {run}: {error.strerror or error}. Check its permissions, or choose another --out."
+        raise RunError(msg) from error
     if existed and not resume:
         msg = f"{run} exists already. Choose another --out, or go on with --resume."
         raise RunError(msg)
-    if resume and not job_file.is_file():
+    if resume and not resumable:
         msg = f"{run} holds no interrupted run to resume. Start one without --resume."
         raise RunError(msg)
     if resume and _fingerprint(job_file) != fingerprint:
@@ -43,7 +50,7 @@ def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        worth_keeping = isinstance(error, Interrupted) or any((run / "checkpoints").glob("*.safetensors"))
+        worth_keeping = isinstance(error, Interrupted) or any(any(run.glob(made)) for made in SLOW)
         if not existed and not worth_keeping:
             shutil.rmtree(run, ignore_errors=True)
         raise

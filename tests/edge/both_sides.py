@@ -40,12 +40,12 @@ def sample_on_device(bundle: Path, run: Path, prompts: Sequence[str], noise: tor
     """Three steps at guidance 5 with the LoRA of a run; noise: one latent a prompt."""
     opened = open_bundle(bundle)
     sessions = Sessions(opened, keep=False, threads=1)
-    encoded = encode_prompts(sessions, prompts)
+    encoded = encode_prompts(sessions, [*prompts, ""])
     latents = denoise(
         Denoiser(sessions),
         [noise[number : number + 1].numpy() for number in range(len(prompts))],
         [encoded[prompt] for prompt in prompts],
-        negative_prompt(sessions),
+        negative_prompt(opened.manifest, encoded[""]),
         steps=3,
         guidance=5.0,
         parameters=load_result(opened, run).flat,

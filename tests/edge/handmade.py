@@ -1,4 +1,4 @@
-"""A small bundle made by hand: sound in every respect, but with two graphs only."""
+"""A small bundle made by hand: sound in every respect, but with few graphs, of which only the head computes anything."""
 
 import hashlib
 import json
@@ -10,7 +10,8 @@ import numpy as np
 from onnx import TensorProto, helper
 from safetensors.numpy import save
 
-WIDTH, TOKENS, RANK = 64, 4, 2
+WIDTH, TOKENS, RANK, SIDE = 64, 4, 2, 64
+LATENTS = (4, 8, 8)
 RECIPE = {
     "instance_prompt": "a photo of sks toy",
     "class_prompt": None,
@@ -48,6 +49,8 @@ def make_bundle(folder: Path) -> Path:
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "head.bin").write_bytes(b"\0" * 64 + matrix.tobytes())
     (folder / "head.onnx").write_bytes(head_graph().SerializeToString())
+    (folder / "embed.onnx").write_bytes(copy_graph("noisy", 1, *LATENTS).SerializeToString())
+    (folder / "vae.onnx").write_bytes(copy_graph("pixels", 1, 3, SIDE, SIDE).SerializeToString())
     names = ("A", "B")
     shapes = ((RANK, WIDTH), (WIDTH, RANK))
     keys = [f"transformer.block.lora_{name}.weight" for name in names]
@@ -89,8 +92,8 @@ def make_bundle(folder: Path) -> Path:
             "rows": 1,
             "photos": 1,
             "class_images": 0,
-            "resolution": 64,
-            "latent_shape": [4, 8, 8],
+            "resolution": SIDE,
+            "latent_shape": list(LATENTS),
             "text_tokens": 4,
             "text_width": 8,
             "pooled_width": 8,
@@ -123,7 +126,7 @@ def make_bundle(folder: Path) -> Path:
             "ddim": None,
         },
         "text_encoders": [],
-        "vae": {"encoder": ["head"], "decoder": ["head"], "scaling_factor": 0.9, "shift_factor": 0.1, "downscale": 8},
+        "vae": {"encoder": ["vae"], "decoder": ["head"], "scaling_factor": 0.9, "shift_factor": 0.1, "downscale": 8},
         "memory": dict.fromkeys(("one_graph_anonymous", "one_graph_mapped", "streaming_anonymous", "streaming_mapped"), 1000),
         "graphs": [
             {
@@ -138,10 +141,14 @@ def make_bundle(folder: Path) -> Path:
                 "weights": ["weights/head.bin"],
                 "weight_bytes": matrix.nbytes,
                 "activation_bytes": 4 * TOKENS * WIDTH,
-            }
+            },
+            copying("embed", "embed", "noisy", 1, *LATENTS),
+            copying("vae", "vae_encoder", "pixels", 1, 3, SIDE, SIDE),
         ],
         "files": [],
     }
+    block = {"name": "block_forward.00", "role": "block_forward", "block": 0}
+    manifest["graphs"].append(manifest["graphs"][0] | block)
     seal(folder, manifest)
     return folder
 
@@ -166,6 +173,30 @@ def head_graph() -> Any:
         [weight],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def copy_graph(name: str, *shape: int) -> Any:
+    """Gives its only input back."""
+    ports = [helper.make_tensor_value_info(port, TensorProto.FLOAT, shape) for port in (name, "same")]
+    graph = helper.make_graph([helper.make_node("Identity", [name], ["same"])], "main", ports[:1], ports[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def copying(file: str, role: str, name: str, *shape: int) -> dict[str, Any]:
+    """What the manifest says of such a graph."""
+    return {
+        "name": file,
+        "file": f"{file}.onnx",
+        "role": role,
+        "block": 0 if role == "vae_encoder" else None,
+        "part": 0,
+        "parameters": None,
+        "inputs": [port(name, *shape)],
+        "outputs": [port("same", *shape)],
+        "weights": [],
+        "weight_bytes": 0,
+        "activation_bytes": 0,
+    }
 
 
 def port(name: str, *shape: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Bundles are checked before anything in them is used; sound ones run alike from a folder and from an archive."""
 
+import json
 import random
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from pocketune_edge.bundle import Bundle, open_bundle
+from pocketune_edge.delta import neutral
 from pocketune_edge.errors import BundleError
-from pocketune_edge.session import Session
+from pocketune_edge.sample import render
+from pocketune_edge.session import Session, Sessions
 from tests.edge.handmade import TOKENS, WIDTH, head_graph, pack, read_manifest_json, seal
 
 
@@ -60,6 +63,20 @@ def test_links_and_missing_files_are_refused(bundle: Path, tmp_path: Path) -> No
     weights.symlink_to(tmp_path / "moved")
     with pytest.raises(BundleError, match="link"):
         open_bundle(bundle)
+
+
+def test_a_link_to_a_bundle_is_as_good_as_the_bundle(sound: Path, tmp_path: Path) -> None:
+    """The runtime maps weights only from where the archive really lies."""
+    (tmp_path / "there").mkdir()
+    archive = pack(sound, tmp_path / "there" / "b.ptb")
+    (tmp_path / "link.ptb").symlink_to(archive)
+    (tmp_path / "folder").symlink_to(sound)
+    expected = run_head(open_bundle(sound))
+    for name in ("link.ptb", "folder"):
+        assert np.array_equal(run_head(open_bundle(tmp_path / name)), expected)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(BundleError, match="circle"):
+        open_bundle(tmp_path / "circle")
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
@@ -212,3 +229,42 @@ def test_resealed_mutations_never_crash(bundle: Path) -> None:
             run_head(open_bundle(bundle))
         except Exception as error:
             assert type(error).__module__ == "pocketune_edge.errors", error
+
+
+def test_resealed_manifests_never_crash(skipping_bundle: Path, tmp_path: Path) -> None:
+    """Someone who changes sizes and counts, or removes graphs, and renews the hash, gets an error or a picture."""
+    rng = random.Random(8)
+    folder = Path(shutil.copytree(skipping_bundle, tmp_path / "bundle"))
+    original = (folder / "manifest.json").read_text()
+    made = 0
+    for _ in range(60):
+        manifest = json.loads(original)
+        for _ in range(rng.randrange(1, 3)):
+            *way, last = rng.choice(list(numbers_in({name: part for name, part in manifest.items() if name != "files"})))
+            target: Any = manifest
+            for key in way:
+                target = target[key]
+            target[last] = rng.choice([0, 1, 7, 2**20, 2**39])
+        if rng.random() < 0.3:
+            del manifest["graphs"][rng.randrange(len(manifest["graphs"]))]
+        manifest["recipe"] = json.loads(original)["recipe"]  # numbers of steps that are not meant to end
+        seal(folder, manifest, list_files=False)
+        try:
+            opened = open_bundle(folder)
+            sessions = Sessions(opened, keep=False, threads=1)
+            start = neutral(opened.manifest.tuned)
+            made += len(
+                list(render(sessions, ["x"], seeds=[0], steps=1, guidance=7, parameters=start, on_step=lambda *_: None))
+            )
+        except Exception as error:
+            assert type(error).__module__ == "pocketune_edge.errors", error
+    assert made > 0
+
+
+def numbers_in(data: Any) -> Iterator[tuple[Any, ...]]:
+    """The places of all whole numbers."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        if type(value) is int:
+            yield (key,)
+        yield from ((key, *rest) for rest in numbers_in(value))

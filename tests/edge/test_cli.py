@@ -83,7 +83,11 @@ def test_durations() -> None:
         (["personalize", "B", "P", "--out", "taken"], "taken exists already"),
         (["personalize", "B", "P", "--out", "run", "--resume"], "no interrupted run"),
         (["sample", "B", "--prompt", "x", "--out", "x.gif"], "end in .png"),
-        (["sample", "B", "--prompt", "x", "--lora", "nowhere"], "no LoRA at nowhere"),
+        (["sample", "B", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
+        (["sample", "nowhere", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
+        (["sample", "nowhere", "--prompt", "x", "--threads", "0"], "--threads must be between"),
+        (["sample", "B", "--prompt", "x", "--lora", "x" * 300], "File name too long"),
+        (["personalize", "B", "P", "--out", "x" * 300], "File name too long"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
@@ -100,11 +104,28 @@ def test_errors_are_one_line_and_exit_code_2(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     before = sorted(tmp_path.iterdir())
-    assert main([*arguments, *([] if arguments[0] == "inspect" else ["--quiet"])]) == 2
+    assert main([*arguments, "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert message.replace("nowhere", "") in err.replace(str(tmp_path) + "/", "") and "\x1b" not in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_bundle_is_hashed_with_progress(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(sound)]) == 0
+    out, err = capsys.readouterr()
+    assert "trained_parameters" in out and err.startswith("bundle  ") and "megabyte" in err
+    assert main(["inspect", str(sound), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_missing_library_is_said_in_one_line() -> None:
+    script = (
+        "import sys; sys.modules['onnxruntime'] = None; from pocketune_edge.cli import main; sys.exit(main(['inspect', 'b']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: this command needs onnxruntime, .* pip install 'pocketune\[edge\]'\n", done.stderr)
 
 
 def test_wrong_arguments_exit_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ ABSENT = (
     "typer",
     "rich",
     "onnx",
-    "onnxscript",
+    "onnx_ir",
     "psutil",
 )
 
@@ -39,7 +39,7 @@ for module in pkgutil.iter_modules(pocketune_edge.__path__):
     importlib.import_module(f"pocketune_edge.{{module.name}}")
 from pocketune_edge.cli import main
 code = main({arguments!r})
-known = {{"pocketune", "pocketune_edge", "pocketune_export", "numpy", "onnxruntime", "PIL", "tokenizers", "safetensors"}}
+known = {{"pocketune", "pocketune_edge", "numpy", "onnxruntime", "PIL", "tokenizers", "safetensors"}}
 loaded = {{name.split(".")[0] for name in set(sys.modules) - before}}
 assert not loaded & set({absent!r}), loaded & set({absent!r})
 others = {{

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pocketune_edge.bundle import open_bundle
 from pocketune_edge.errors import BundleError
 from pocketune_edge.reading import read_manifest
-from pocketune_edge.settings import settings_of
+from pocketune_edge.settings import fingerprint, settings_of
 from pocketune_export.manifest import Manifest
 from tests.edge.handmade import TOKENS, WIDTH, read_manifest_json, seal
 
@@ -38,7 +38,7 @@ def changed(path: str, value: Any) -> Change:
     [
         (changed("schema_version", 2), "schema version 2; this Pocketune reads up to 1. Update"),
         (changed("schema_minor", 2), r"schema version 1\.2; this Pocketune reads up to 1\.1\. Update"),
-        (changed("backend", "executorch"), "for executorch; this runtime runs onnx"),
+        (changed("backend", "other"), "expected one of onnx, got 'other'"),
         (changed("files.0.path", "../outside.onnx"), "leaves the bundle"),
         (changed("files.0.path", "/etc/passwd"), "leaves the bundle"),
         (changed("files.0.path", "a\\b"), "leaves the bundle"),
@@ -58,6 +58,11 @@ def changed(path: str, value: Any) -> Change:
         (changed("model.surprise", 1), "unknown field"),
         (changed("noise_schedule.shift", 0), "above 0"),
         (changed("noise_schedule", None), "expected an object"),
+        (changed("noise_schedule.train_timesteps", 2**39), "claims 549755813888 timesteps"),
+        (changed("batch.latent_shape", [2**39, 8, 8]), "embed does not take the batch's latents"),
+        (changed("batch.resolution", 2**39), "does not take images of 549755813888 pixels"),
+        (changed("graphs.3.block", 1), "0 of 1 blocks have a graph block_forward"),
+        (changed("graphs.3.role", "block_vjp"), "0 of 1 blocks have a graph block_forward"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(bundle: Path, change: Change, message: str) -> None:
@@ -92,6 +97,14 @@ def test_a_bundle_of_the_first_schema_is_read(bundle: Path) -> None:
     opened = open_bundle(bundle).manifest
     assert opened.noise_schedule.ddim is None
     assert settings_of(opened, {})[0].refresh_every is None
+
+
+def test_a_whole_number_is_the_rate_that_it_stands_for(sound: Path) -> None:
+    """To a fingerprint, 1 and 1.0 are two recipes."""
+    manifest = open_bundle(sound).manifest
+    (asked, whole), (_, rate) = (settings_of(manifest, {"learning_rate": value, "steps": 3}) for value in (1, 1.0))
+    assert asked.learning_rate == 1
+    assert fingerprint(manifest, whole, []) == fingerprint(manifest, rate, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1e400}', b"\xff\xfe"])

@@ -164,10 +164,34 @@ def _fingerprint(bundle: Path, changes: dict[str, Any], photos: Path) -> str:
     return fingerprint(manifest, settings_of(manifest, changes)[1], [photo.sha256 for photo in load_photos(photos)])
 
 
-def test_a_loss_that_explodes_is_said(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
-    changes = {"learning_rate": 1e30, "cache_limit_mb": 100}
-    with pytest.raises(RunError, match=r"the loss became (nan|inf) at step"):
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("rate", "steps", "message"),
+    [(1e30, 6, r"the loss became (nan|inf) at step"), (1e39, 1, r"step 1 led to infinity or NaN")],
+)
+def test_what_explodes_is_said_and_not_saved(
+    rate: float, steps: int, message: str, skipping_bundle: Path, toy_photos: Path, tmp_path: Path
+) -> None:
+    """Also by the last step, after which no loss is computed."""
+    changes = {"learning_rate": rate, "steps": steps, "cache_limit_mb": 100}
+    with pytest.raises(RunError, match=message):
         personalize(skipping_bundle, toy_photos, out=tmp_path / "run", threads=1, changes=changes)
+    assert not (tmp_path / "run" / LORA).exists()
+
+
+def test_a_cache_that_is_too_large_is_refused_before_the_work(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    phases = []
+    changes = {"steps": 5000, "cache_limit_mb": 1}
+    with pytest.raises(PlanError, match="feature cache needs"):
+        personalize(
+            skipping_bundle,
+            toy_photos,
+            out=tmp_path / "run",
+            threads=1,
+            changes=changes,
+            on_progress=lambda event: phases.append(event.phase),
+        )
+    assert set(phases) == {"bundle", "photos"}
     assert not (tmp_path / "run").exists()
 
 

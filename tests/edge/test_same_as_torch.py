@@ -18,7 +18,6 @@ from pocketune.errors import RunError
 from pocketune.features.cache import cache_key
 from pocketune.methods.lora import add_lora
 from pocketune.models.load import ModelFolder
-from pocketune.photos import MAX_PHOTO_SIDE as TORCH_MAX_PHOTO_SIDE
 from pocketune.recipe import Recipe
 from pocketune.sampling.batches import NoiseSchedule as TorchNoiseSchedule
 from pocketune.train import new_optimizer
@@ -26,7 +25,6 @@ from pocketune_edge.bundle import Bundle
 from pocketune_edge.cache import from_bfloat16, to_bfloat16
 from pocketune_edge.delta import Adapter, by_name, flatten, load_result, save_result, start_values
 from pocketune_edge.errors import LoraError, SettingError
-from pocketune_edge.job import MAX_PHOTO_SIDE
 from pocketune_edge.manifest import DdimSteps, Lora, NoiseSchedule, Parameter, Tuned
 from pocketune_edge.noise import Euler, sampler_of, training_levels
 from pocketune_edge.sample import to_image
@@ -131,11 +129,10 @@ def test_pixels_become_the_image_that_diffusers_makes() -> None:
     assert np.array_equal(np.asarray(to_image(pixels[0].numpy())), np.asarray(expected))
 
 
-def test_keys_and_constants_are_shared() -> None:
+def test_keys_are_shared() -> None:
     recipe = Recipe(instance_prompt="a photo of sks toy", lora_targets=("attn.to_q",))
     parts = {"recipe": recipe.model_dump(), "model": "m", "photos": ["b", "a"]}
     assert key_of(json.loads(json.dumps(parts))) == cache_key(parts)
-    assert MAX_PHOTO_SIDE == TORCH_MAX_PHOTO_SIDE
 
 
 def test_every_valid_recipe_has_settings() -> None:

@@ -1,5 +1,7 @@
 """A U-Net's bundle, of a diffusion that predicts noise: the edge runtime trains and samples as PyTorch does."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pocketune import personalize as personalize_with_torch
 from pocketune.errors import Interrupted
 from pocketune.recipe import Recipe
+from pocketune_edge.bundle import open_bundle
 from pocketune_edge.cli import main
+from pocketune_edge.delta import load_result
+from pocketune_edge.errors import LoraError
 from pocketune_edge.job import personalize
 from pocketune_export.exporter import export_trainable
 from tests.edge.both_sides import LORA, assert_alike, largest_difference, sample_on_device, stop_at
@@ -60,6 +65,15 @@ def test_trains_as_pytorch_does(torch_run: tuple[Path, Any], edge_run: tuple[Pat
     assert largest_difference(edge_out, torch_out) < EDGE_PARAMETER
     moved = load_file(edge_out / LORA)
     assert max(float(np.abs(value).max()) for name, value in moved.items() if "lora_B" in name) > 100 * EDGE_PARAMETER
+
+
+def test_a_lora_of_another_strength_is_refused(bundle: Path, edge_run: tuple[Path, Any], tmp_path: Path) -> None:
+    tensors = load_file(edge_run[0] / LORA)
+    for alpha, fits in ((2, True), (8, False)):
+        metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha, "unet.r": 2})}
+        save_file(tensors, tmp_path / "other.safetensors", metadata)
+        with nullcontext() if fits else pytest.raises(LoraError, match="its strength is alpha 8 over rank 2"):
+            load_result(open_bundle(bundle), tmp_path / "other.safetensors")
 
 
 @pytest.mark.slow

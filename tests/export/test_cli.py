@@ -39,12 +39,13 @@ def test_an_archive_is_made_and_verified(small_model: ModelFolder, recipe: Path,
     arguments = ["verify", str(out), "--model", str(small_model.path), "--steps", "2"]
     found = CliRunner().invoke(app, [*arguments, "--json"])
     assert found.exit_code == 0, found.stderr
+    assert "bundle" in found.stderr  # the progress of hashing
     compared = json.loads(found.stdout)
     assert compared["passed"]
     assert compared["steps"] == 2
     assert set(compared["gradients"]) == {item.name for item in bundle.manifest.tuned.parameters if item.offset is not None}
     assert max(compared["parameters"].values()) == compared["largest_parameter_difference"]["value"] <= TOLERANCE
-    quiet = CliRunner().invoke(app, [*arguments, "--quiet"])
+    quiet = CliRunner().invoke(app, ["--quiet", *arguments])  # before the command's name or behind it
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
@@ -56,10 +57,14 @@ def test_an_archive_is_made_and_verified(small_model: ModelFolder, recipe: Path,
         (["--recipe", "nowhere.toml", "--out", "B"], "cannot read the recipe nowhere.toml"),
         (["--recipe", "R", "--out", "B", "--model", "./nowhere"], "no model ./nowhere"),
         (["--recipe", "R", "--out", "R"], "exists already"),
+        (["--recipe", "R", "--out", "R", "--model", "./nowhere"], "exists already"),
         (["--recipe", "R", "--out", "R/B"], "cannot write"),
+        (["--recipe", "R", "--out", "x" * 300], "File name too long"),
+        (["--recipe", "TILES", "--out", "B", "--model", "./nowhere"], "cannot hold vae_tile"),
         (["--recipe", "R", "--out", "B", "--weights", "int2"], "int2"),
         (["--recipe", "R", "--out", "B", "--backend", "tea"], "tea"),
         (["--recipe", "R", "--out", "B", "--weights", "int4", "--weight-block", "1"], "weight-block"),
+        (["--recipe", "R", "--out", "B", "--weights", "fp16", "--weight-block", "32"], "no scales for a block"),
         (["--recipe", "BAD", "--out", "B"], "the model has blocks 0 to 2"),
         (["--recipe", "LARGE", "--out", "B"], "resolution 512 does not fit"),
         (["verify", "nowhere"], "does not exist|no bundle"),
@@ -71,10 +76,11 @@ def test_an_archive_is_made_and_verified(small_model: ModelFolder, recipe: Path,
 def test_bad_input_gets_one_line_and_leaves_nothing(
     arguments: list[str], message: str, small_model: ModelFolder, bundles: Mapping[str, Bundle], recipe: Path, tmp_path: Path
 ) -> None:
-    bad, large = tmp_path / "bad.toml", tmp_path / "large.toml"
+    bad, large, tiles = (tmp_path / f"{name}.toml" for name in ("bad", "large", "tiles"))
     bad.write_text('instance_prompt = "a toy"\nskip = "7"\n')
     large.write_text('instance_prompt = "a toy"\nresolution = 512\n')
-    names = {"R": recipe, "BAD": bad, "LARGE": large, "B": tmp_path / "bundle", "R/B": recipe / "bundle"}
+    tiles.write_text('instance_prompt = "a toy"\nvae_tile = 64\n')
+    names = {"R": recipe, "BAD": bad, "LARGE": large, "TILES": tiles, "B": tmp_path / "bundle", "R/B": recipe / "bundle"}
     names |= {"BUNDLE": bundles["fp32"].path, "MODEL": small_model.path}
     given = [str(names.get(argument, argument)) for argument in arguments]
     if "verify" not in given and "--model" not in given:

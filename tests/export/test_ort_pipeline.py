@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pocketune import Recipe
-from pocketune.errors import RunError
+from pocketune.errors import ModelError, RunError
 from pocketune.models.load import ModelFolder, open_model
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.delta import Adapter, save_result, start_values
@@ -88,6 +89,26 @@ def test_the_joined_denoiser_is_the_blocks_one_after_the_other(
 def test_an_existing_folder_is_not_touched(bundle_in_pieces: Bundle, small_model: ModelFolder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists already"):
         write_ort_pipeline(bundle_in_pieces, tmp_path, model=small_model.path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unet_is_refused_before_anything_is_written(
+    bundle_in_pieces: Bundle, tiny_pipelines: Callable[[str], ModelFolder], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="which this folder cannot hold yet"):
+        write_ort_pipeline(bundle_in_pieces, tmp_path / "out", model=tiny_pipelines("sd15").path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_written_whole_or_not_at_all(
+    bundle_in_pieces: Bundle, small_model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pocketune_export.ort_pipeline._denoiser", full)
+    with pytest.raises(RunError, match="No space left"):
+        write_ort_pipeline(bundle_in_pieces, tmp_path / "out", model=small_model.path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -156,9 +156,12 @@ def test_run_without_its_result(tmp_path):
 def test_bundle_folder(tmp_path, graphs):
     (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 1, "graphs": graphs}))
     (tmp_path / "train.onnx").write_bytes(b"12345")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/block-00.bin").write_bytes(b"123")
     found = describe(tmp_path)
     assert (found.kind, found.facts["schema_version"], found.facts["graphs"]) == ("bundle", 1, ["train", "sample"])
     assert found.facts["files"]["train.onnx"] == 5
+    assert found.facts["files"]["weights/block-00.bin"] == 3
 
 
 def test_bundle_in_one_file(tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
-from pocketune.errors import PhotoError
-from pocketune.photos import MAX_PIXELS, load_photos
+from pocketune.errors import PhotoError, RunError
+from pocketune.photos import MAX_PIXELS, load_made_images, load_photos
 from tests.unit.photo_files import encoded, fault, landscape, load_one, png, with_orientation
 
 
@@ -152,6 +152,15 @@ def test_unreadable_file(tmp_path, monkeypatch):
     message = fault([tmp_path])
     assert "Permission denied" in message
     assert "permissions" in message
+
+
+def test_a_damaged_picture_of_a_run_says_how_it_is_made_again(tmp_path):
+    path = tmp_path / "000.png"
+    Image.new("RGB", (16, 16), "red").save(path)
+    assert [image.getpixel((0, 0)) for image in load_made_images([path])] == [(255, 0, 0)]
+    path.write_bytes(path.read_bytes()[:45])
+    with pytest.raises(RunError, match=r"000\.png of this run is damaged\. Delete it"):
+        load_made_images([path])
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:

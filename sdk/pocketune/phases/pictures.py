@@ -10,6 +10,7 @@ from PIL import Image
 from pocketune.atomic import replacing
 from pocketune.errors import NoEffectError
 from pocketune.phases.state import Job
+from pocketune.photos import load_made_images
 from pocketune.record import SamplePair
 from pocketune.sample import run_pipeline
 
@@ -37,7 +38,7 @@ def make_class_images(job: Job) -> list[Image.Image]:
             )
             for image, path in zip(images, paths, strict=True):
                 _save_png(image, path)
-        return [Image.open(path).convert("RGB") for path in paths]
+        return load_made_images(paths)
 
 
 def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:

@@ -1,6 +1,7 @@
 """What exporter and device must agree on: names of files and roles, bounds, and what must hold between a manifest's parts.
 
-Nothing here imports anything but the standard library. Each rule yields a complaint for every breach.
+Nothing here imports anything but the standard library. Each rule yields a complaint for every breach, and reads attributes that
+the manifests of both sides have.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from pocketune_export.graphspec import Graph
-    from pocketune_export.manifest import Manifest, Tuned
+    from pocketune_edge.manifest import Graph, Manifest, Tuned
 
 SCHEMA_VERSION: Final = 1
 """Others are not read."""
@@ -26,6 +26,10 @@ SEAL_FILE = "manifest.sha256"
 MAX_ELEMENTS = 2**40
 """Of a tensor, and the largest count anywhere."""
 MAX_PATH_CHARACTERS = 300
+MAX_TIMESTEPS = 10_000
+"""Of a noise schedule: the device makes a table of them."""
+MAX_TOKENS = 2**16
+"""Of a prompt."""
 CARRIED = "carried_"
 """Begins the names of what pieces of one graph hand to each other."""
 
@@ -73,6 +77,8 @@ def plan_faults(manifest: Manifest) -> Iterable[str]:
         yield "the noise schedule's signal does not fit its kind and timesteps"
     if noise.ddim is not None and noise.kind != "ddpm":
         yield "a noise schedule that is no diffusion's has steps of DDIM"
+    if noise.train_timesteps > MAX_TIMESTEPS:
+        yield f"the noise schedule claims {noise.train_timesteps} timesteps"
     if (noise.kind == "ddpm") == (noise.objective == "flow"):
         yield "the noise schedule's objective does not fit its kind"
     if manifest.batch.rows != manifest.batch.photos + manifest.batch.class_images:
@@ -108,7 +114,7 @@ def tensor_faults(graph: Graph) -> Iterable[str]:
 
 
 def graph_faults(manifest: Manifest) -> Iterable[str]:
-    """Names are distinct, files are listed, flat inputs have the length of their slice."""
+    """Names are distinct, files are listed, every block can run, flat inputs have the length of their slice."""
     paths = [file.path for file in manifest.files]
     if len({path.lower() for path in paths}) != len(paths):
         yield "two files have one path"
@@ -128,6 +134,10 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
     unknown = set(parts) - set(names)
     if unknown:
         yield f"the graph {min(unknown)} is used but not there"
+    count = manifest.model.block_count
+    able = sum(role == "block_forward" and part == 0 and block is not None and block < count for role, block, part in places)
+    if able != count:
+        yield f"{able} of {count} blocks have a graph block_forward"
     for graph in manifest.graphs:
         start, stop = graph.parameters or (0, 0)
         if start > stop or stop > manifest.tuned.flat_elements:
@@ -135,3 +145,18 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
         for spec in (*graph.inputs, *graph.outputs):
             if spec.name in _FLAT and spec.shape != (stop - start,):
                 yield f"graph {graph.name}: {spec.name} has shape {spec.shape}, expected ({stop - start},)"
+
+
+def size_faults(manifest: Manifest) -> Iterable[str]:
+    """The sizes that the device makes its inputs of are those that graphs take."""
+    shapes = {(graph.name, spec.name): spec.shape for graph in manifest.graphs for spec in graph.inputs}
+    batch = manifest.batch
+    embed = next((graph.name for graph in manifest.graphs if graph.role == "embed"), "embed")
+    if shapes.get((embed, "noisy")) != (batch.rows, *batch.latent_shape):
+        yield f"the graph embed does not take the batch's latents, {batch.rows} of {batch.latent_shape}"
+    pixels = shapes.get((manifest.vae.encoder[0], "pixels"), ())
+    if pixels[1:] != (3, batch.resolution, batch.resolution):
+        yield f"the image encoder does not take images of {batch.resolution} pixels"
+    for encoder in manifest.text_encoders:
+        if encoder.tokens > MAX_TOKENS or shapes.get((encoder.graphs[0], "ids"), ())[1:] != (encoder.tokens,):
+            yield f"text encoder {encoder.number} does not take {encoder.tokens} tokens"
