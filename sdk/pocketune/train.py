@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, 
 
 ZO_ADAM_EPSILON = 1e-3
 """Added to the root of Adam's second moment in zeroth-order steps, as in ZOODiP's code: it damps what is all noise."""
+
+
+def ignore(loss: float) -> None:
+    """What a step that nobody counts tells of its loss."""
 
 
 def train(
@@ -76,18 +80,19 @@ def train(
     if recipe.activations != "kept":
         forget_activations(adapter, recipe, optimizer, scratch)
     losses = list(progressed.losses)
+
+    def took(loss: float) -> None:
+        _check_finite(loss, step=len(losses))
+        losses.append(loss)
+
     try:
         for step in range(progressed.step, stop):
             batch = make_batch(batches[step], _features(cache, batches[step], make_batch))
             if recipe.gradient == "zeroth_order" or (recipe.gradient == "mixed" and not batches[step][0].low):
-                loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, optimizer, step=step)
-                _check_finite(loss, step=step)
-                losses.append(loss)
+                loss = zeroth_order_step(adapter, tuned, plan, recipe, batch, optimizer, step=step, took=took)
             else:
-                with saved_to(scratch), _whole_or_not_at_all(recipe):
-                    loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs)
-                    _check_finite(loss, step=step)
-                    losses.append(loss)
+                with saved_to(scratch), whole() if recipe.optimizer_in_backward else nullcontext():
+                    loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs, took=took)
             on_step(step + 1, recipe.steps, loss)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stop:
                 checkpoints.save(kept, optimizer, step=step + 1, losses=tuple(losses))
@@ -99,17 +104,18 @@ def train(
 
 
 @contextmanager
-def _whole_or_not_at_all(recipe: Recipe) -> Iterator[None]:
-    """Where blocks are updated one by one, let Ctrl-C wait for the end of the step: half a step could not be resumed from."""
-    if not recipe.optimizer_in_backward or threading.current_thread() is not threading.main_thread():
+def whole() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of an update: half of one, or one that was not counted, could not be resumed from."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):  # nothing interrupts
         yield
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
 
@@ -159,12 +165,15 @@ def train_step(
     optimizer: torch.optim.AdamW,
     *,
     inputs: Callable[[Batch], Batch] = unchanged,
+    took: Callable[[float], None] = ignore,
 ) -> float:
-    """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update."""
+    """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update, of which `took` hears with it."""
     estimate = Backprop()(lambda: loss_of(adapter, plan, recipe, inputs(batch)), parameters, step=0)
-    torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with whole():
+        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        took(estimate.loss)
     return estimate.loss
 
 
@@ -177,8 +186,9 @@ def zeroth_order_step(
     optimizer: torch.optim.AdamW,
     *,
     step: int,
+    took: Callable[[float], None] = ignore,
 ) -> float:
-    """One step of forward passes alone: losses along random directions, then descent or Adam; the loss before the update.
+    """One step of forward passes alone: losses along random directions, then descent or Adam; the rest as of `train_step`.
 
     Paper: MeZO (Malladi et al. 2023), algorithm 1; with Adam ZOODiP (arXiv 2503.14868).
     """
@@ -195,15 +205,17 @@ def zeroth_order_step(
         found = estimate.gradient(name)
         return None if found is None else tuned.project(name, found)
 
-    if recipe.zo_optimizer == "adam":
-        for name, parameter in tuned.parameters.items():
-            parameter.grad = gradient(name)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    else:
-        projected = Estimate(estimate.loss, gradient)
-        descend(tuned.parameters, projected, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
-    tuned.after_step(step)
+    with whole():
+        if recipe.zo_optimizer == "adam":
+            for name, parameter in tuned.parameters.items():
+                parameter.grad = gradient(name)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            projected = Estimate(estimate.loss, gradient)
+            descend(tuned.parameters, projected, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+        tuned.after_step(step)
+        took(estimate.loss)
     return estimate.loss
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pocketune.train
 from pocketune import Progress, Recipe, personalize
 from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RunError
 from pocketune.tuning import METHODS
@@ -92,6 +93,36 @@ def test_interrupted_and_resumed_equals_unbroken(
         assert "Steps by kind" in (broken / "report.html").read_text(encoding="utf-8")
     result = METHODS[recipe.method].result
     assert (broken / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient": "zeroth_order"}])
+def test_interrupted_inside_an_update_and_resumed_equals_unbroken(
+    tiny_folder: Path,
+    toy_photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    changes: dict[str, object],
+) -> None:
+    """Parameters that moved belong to a step that counts: it is not taken again."""
+    recipe = quick_recipe(skip="0-3", steps=3, checkpoint_every=100, **changes)
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
+    owner, name = (torch.optim.AdamW, "step") if not changes else (pocketune.train, "descend")
+    update, calls = getattr(owner, name), []
+
+    def interrupted(*given: object, **named: object) -> None:
+        calls.append(None)
+        update(*given, **named)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 2 of 3"):
+        patched.setattr(owner, name, interrupted)
+        personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken")
+    personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken", resume=True)
+    assert (tmp_path / "broken" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
 
 
 def test_prior_preservation_trains_on_class_images(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ def perturbed(
         for parameter in module.parameters(recurse=False):
             name = names.get(id(parameter))
             if name in originals:
-                parameter.data = originals.pop(name)
+                parameter.data = originals[name]
+                del originals[name]  # now, so that Ctrl-C finds it in place or still there
 
     handles = []
     for module in model.modules():
