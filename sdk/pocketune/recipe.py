@@ -166,6 +166,18 @@ class Recipe(BaseModel):
                 "activations are kept for backward, and zeroth order has none. Leave activations out.",
             ),
             (
+                self.method == "token" and self.skip != "none",
+                "features of skipped blocks hold for one prompt, and the prompt is what trains with a token. Leave skip out.",
+            ),
+            (
+                self.method == "token" and self.weights == "streamed",
+                "the text encoders that a token trains through are kept in memory. Leave weights out, or set weight_bits.",
+            ),
+            (
+                self.method == "token" and self.token not in self.instance_prompt.split(),
+                f'the word "{self.token}" is not in "{self.instance_prompt}". Name a word of the prompt as token.',
+            ),
+            (
                 self.optimizer_in_backward and self.activations == "kept",
                 "optimizer_in_backward updates a block before the rest of backward, so blocks must be run again in backward. "
                 'Set activations = "recomputed" or "on_disk".',

@@ -19,7 +19,7 @@ from pocketune_export.writer import BundleWriter, Described
         ({"patches": "dynamic"}, "devices cut whole squares"),
         ({"skip": "auto", "cache_dtype": "int8"}, "float32 or bfloat16"),
         ({"gradient": "mixed"}, "one resolution"),
-        ({"method": "token"}, "train the denoiser"),
+        ({"method": "token", "token": "x"}, "train the denoiser"),
         ({"timestep_low": 500}, "all timesteps"),
         ({"weights": "streamed", "weight_bits": 8}, "a packed copy"),
         ({"optimizer_in_backward": True, "activations": "recomputed"}, "norm of all blocks"),

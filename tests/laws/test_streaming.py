@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketune import scratch
 from pocketune.methods.lora import add_lora
+from pocketune.methods.token import TokenMethod
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
@@ -254,6 +256,21 @@ def test_half_precision_is_that_of_the_resident_pipeline(
     assert not {name: kind for name, kind in types[0].items() if types[1].get(name) != kind}
     resident, streamed = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in images)
     torch.testing.assert_close(streamed, resident, rtol=0, atol=HALF_PRECISION_PIXELS)
+
+
+def test_a_tuned_word_is_the_same(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    path = tmp_path / "learned_embeds.safetensors"
+    row = torch.randn(64, generator=torch.Generator().manual_seed(4))
+    save_file({"text_encoder": row}, path, metadata={"token": "sks"})
+    found = []
+    for weights in (RESIDENT, STREAMED):
+        pipeline = tiny_model.pipeline(dtype=torch.float32, device=CPU, weights=weights)
+        for tuned_too in (False, True):
+            if tuned_too:
+                TokenMethod().apply(pipeline, path, tiny_model)
+            found.append(tiny_model.family.encode(pipeline, "a photo of sks toy", device=CPU, length=77).hidden)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
 
 
 def test_the_parts_of_a_streamed_pipeline_share_one_buffer(tiny_model: ModelFolder) -> None:

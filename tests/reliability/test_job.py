@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import pocketune.train
 from pocketune import Progress, Recipe, personalize
-from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RunError
+from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RecipeError, RunError
 from pocketune.tuning import METHODS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
@@ -161,6 +161,7 @@ def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tm
         (PlanError, toy_photos, tiny_folder, {"skip": "0-9"}),
         (PlanError, toy_photos, tiny_folder, {"skip": "0-5"}),
         (PlanError, toy_photos, tiny_folder, {"resolution": 72}),
+        (RecipeError, toy_photos, tiny_folder, {"lora_targets": ("attn.to_q", "attn.to_Q")}),
         (PlanError, toy_photos, tiny_folder, {"gradient": "mixed", "low_resolution": 64}),
         (PlanError, toy_photos, tiny_folder, {"skip": "0-1", "steps": 2000, "cache_limit_mb": 1}),
     ]

@@ -34,18 +34,11 @@ def add_lora(
         The trainable parameters by name, down (rank, in) and up (out, rank).
 
     Raises:
-        RecipeError: no Linear of these blocks has such a name.
+        RecipeError: as of `lora_layers`.
     """
     model = adapter.model
     model.requires_grad_(False)
-    names = targets or adapter.default_lora_targets
-    wanted = {f"{adapter.block_name(index)}.{name}" for index in blocks for name in names}
-    present = [name for name, module in model.named_modules() if name in wanted and isinstance(module, nn.Linear)]
-    if not present:
-        msg = (
-            f"no Linear named {', '.join(names)} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
-        )
-        raise RecipeError(msg)
+    present = lora_layers(adapter, blocks=blocks, targets=targets)
     pattern = "|".join(re.escape(name) for name in present)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=f"({pattern})")
     with torch.random.fork_rng():  # peft draws its start from the global generator; every value is overwritten below
@@ -57,6 +50,23 @@ def add_lora(
     for name, start in start_values(parameters, rank=rank, seed=seed).items():
         parameters[name].data = parameters[name].data.float().copy_(start)
     return parameters
+
+
+def lora_layers(adapter: DenoiserAdapter, *, blocks: Sequence[int], targets: Sequence[str] | None = None) -> list[str]:
+    """The names of the Linears that get a LoRA, in the order of the model; arguments as of `add_lora`.
+
+    Raises:
+        RecipeError: no Linear of these blocks has one of the names that are asked for.
+    """
+    names = targets or adapter.default_lora_targets
+    wanted = {f"{adapter.block_name(index)}.{name}": name for index in blocks for name in names}
+    present = [path for path, module in adapter.model.named_modules() if path in wanted and isinstance(module, nn.Linear)]
+    absent = sorted(set(targets or ()) - {wanted[path] for path in present})
+    if absent or not present:
+        missing = ", ".join(absent or names)
+        msg = f"no Linear named {missing} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
+        raise RecipeError(msg)
+    return present
 
 
 def start_values(parameters: Mapping[str, Tensor], *, rank: int, seed: int) -> dict[str, Tensor]:

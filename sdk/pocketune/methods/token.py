@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from pocketune.atomic import replacing
-from pocketune.errors import FileFormatError, PlanError, RecipeError
+from pocketune.errors import FileFormatError, RecipeError
 from pocketune.headers import with_sorted_metadata
 from pocketune.methods.base import METHOD_KEY, Tuned
 from pocketune.methods.scales import quantization_of
@@ -31,16 +31,17 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.step import Batch
 from pocketune.weights.quantizers import pack_layers
+from pocketune.weights.stream import StreamedEmbedding
 
 
 class TunedToken(nn.Module):
     """An embedding table one of whose rows trains. `vector`: (width,)."""
 
-    def __init__(self, table: nn.Embedding, token: int, start: int) -> None:
-        """Take a frozen table; the row of `token` begins as that of `start`."""
+    def __init__(self, table: nn.Embedding, token: int, vector: Tensor) -> None:
+        """Take a frozen table, and the row that stands for that of `token`."""
         super().__init__()
         self.table, self.token = table, token
-        self.vector = nn.Parameter(table.weight[start].detach().float().clone())
+        self.vector = nn.Parameter(vector)
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows, (.., width)."""
@@ -53,19 +54,19 @@ class TokenMethod:
 
     result = Path("token/learned_embeds.safetensors")
 
-    def attach(self, adapter: DenoiserAdapter, *, plan: BlockPlan, recipe: Recipe, folder: ModelFolder) -> Tuned:
+    def attach(
+        self,
+        adapter: DenoiserAdapter,
+        *,
+        plan: BlockPlan,  # noqa: ARG002
+        recipe: Recipe,
+        folder: ModelFolder,
+    ) -> Tuned:
         """Load the text encoders, packed if the recipe says so, and make the word's row trainable.
 
         Raises:
-            PlanError: blocks are skipped.
-            RecipeError: the word is not in the prompt, or is no single token; or no text encoder is of the CLIP kind.
+            RecipeError: the word is no single token, or no text encoder is of the CLIP kind.
         """
-        if plan.skipped:
-            msg = "features of skipped blocks hold for one prompt, and the prompt is what trains here. Set skip = none."
-            raise PlanError(msg)
-        if recipe.token not in recipe.instance_prompt.split():
-            msg = f'the word "{recipe.token}" is not in "{recipe.instance_prompt}". Name a word of the prompt as token.'
-            raise RecipeError(msg)
         adapter.model.requires_grad_(False)
         device = next(adapter.model.parameters()).device
         pipeline = folder.text_pipeline(device=device)
@@ -78,7 +79,8 @@ class TokenMethod:
             tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
             word = token_id(tokenizer, recipe.token)
             start = token_id(tokenizer, recipe.token_start) if recipe.token_start else word
-            tokens[part] = TunedToken(encoder.get_input_embeddings(), word, start)
+            table = encoder.get_input_embeddings()
+            tokens[part] = TunedToken(table, word, table.weight[start].detach().float().clone())
             encoder.set_input_embeddings(tokens[part])
         parameters = {f"{part}.vector": token.vector for part, token in tokens.items() if isinstance(token, TunedToken)}
 
@@ -133,12 +135,16 @@ class TokenMethod:
             raise FileFormatError(msg) from error
         encoders = _clip_encoders(pipeline, folder)
         for part, row in rows.items():
-            table = encoders[part].get_input_embeddings().weight if part in encoders else None
-            if table is None or row.shape != table.shape[1:]:
+            table = encoders[part].get_input_embeddings() if part in encoders else None
+            if table is None or row.shape != table.weight.shape[1:]:
                 msg = f"{path} does not fit {folder.name}: it has no {part} of width {row.numel()}. Use what it was trained on."
                 raise FileFormatError(msg)
             tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
-            table[token_id(tokenizer, word)] = row.to(table.dtype)
+            number = token_id(tokenizer, word)
+            if isinstance(table, StreamedEmbedding):  # there is no table to write to
+                encoders[part].set_input_embeddings(TunedToken(table, number, row).requires_grad_(False))
+            else:
+                table.weight[number] = row.to(table.weight.dtype)
 
 
 def token_id(tokenizer: Any, word: str) -> int:
