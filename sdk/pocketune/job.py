@@ -148,7 +148,7 @@ def _run(
                 continue  # trained before the run was stopped; its features may be gone
             period = batches[steps.start : steps.stop]
             make_batch = encode(job, images, period, prompts)
-            cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures)
+            cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures, images["class"])
             losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
         pairs, change = sample_pairs(job)
         record = RunRecord(

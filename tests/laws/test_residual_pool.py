@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pocketune import Progress, Recipe, personalize
@@ -15,13 +16,17 @@ from pocketune.errors import Interrupted, RecipeError
 from pocketune.features.cache import FeatureCache, remove_other_caches
 from pocketune.features.precompute import cache_bytes
 from pocketune.features.storage import pack, stored_bytes, unpack
-from pocketune.memory import read_memory
+from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder
+from pocketune.phases.features import features_key
+from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan, Span, parse_plan, skip_ends
+from pocketune.progress import ignore
 from pocketune.sampling.draws import draw_samples, refresh_periods, step_draws
 from pocketune.step import Batch, predict, span_features
+from pocketune.watch import Watch
 from tests.reliability.test_job import LORA, quick_recipe
 
 CPU = torch.device("cpu")
@@ -90,6 +95,18 @@ def test_reading_a_cache_does_not_bring_it_into_memory(tmp_path: Path) -> None:
     for draw in range(draws):
         cache.get([draw], device=CPU, dtype=torch.float32)
     assert read_memory().file_bytes - before.file_bytes < cache.size_bytes / 10
+
+
+def test_caches_have_names_of_all_that_features_follow_from(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    """Runs that share a folder may differ in how class images were made, or in how the VAE saw them."""
+
+    def name(pixel: int, **values: object) -> str:
+        recipe = quick_recipe(skip="0-1", class_prompt="a toy", class_images=1, **values)
+        job = Job(recipe, tiny_model, tmp_path, CPU, Watch(MemoryLog(), ignore))
+        return features_key(job, parse_plan("0-1", 6), [], [], [Image.new("RGB", (4, 4), (pixel, 0, 0))])
+
+    assert name(0) == name(0, learning_rate=0.5)
+    assert len({name(0), name(1), name(0, vae_tile=64), name(0, cache_dtype="int8")}) == 4
 
 
 def test_other_caches_are_removed(tmp_path: Path) -> None:

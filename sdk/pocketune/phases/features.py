@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from pocketune.errors import Interrupted
 from pocketune.features.cache import FeatureCache, cache_key, remove_other_caches
@@ -26,6 +28,7 @@ def fill_cache(
     prompts: dict[Kind, Prompt],
     root: Path,
     pictures: Sequence[Photo],
+    class_images: Sequence[Image.Image],
 ) -> FeatureCache | None:
     """Run the frozen model over the draws of some steps and store what skipped spans contribute.
 
@@ -49,23 +52,7 @@ def fill_cache(
         if count
     )
     check_bound(needed, limit_mb=job.recipe.cache_limit_mb, draws=len(distinct))
-    key = cache_key(
-        {
-            "model": job.folder.fingerprint(),
-            "photos": photo_hashes(pictures),
-            "prompts": [job.recipe.instance_prompt, job.recipe.class_prompt, job.recipe.class_images],
-            "skipped": plan.skipped,
-            "draws": [[draw.as_dict() for draw in draws] for draws in batches],
-            "resolution": [job.patches.smallest, job.low_resolution],
-            "dtypes": [
-                job.recipe.dtype,
-                job.recipe.cache_dtype,
-                job.recipe.weights,
-                job.recipe.weight_bits,
-                job.recipe.quantizer,
-            ],
-        }
-    )
+    key = features_key(job, plan, batches, pictures, class_images)
     if job.recipe.refresh_every:
         remove_other_caches(root, keep=key)
     cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
@@ -86,6 +73,34 @@ def fill_cache(
         del adapter
     job.cache_bytes, job.cache_error = max(job.cache_bytes, cache.size_bytes), cache.relative_error
     return cache
+
+
+def features_key(
+    job: Job,
+    plan: BlockPlan,
+    batches: Sequence[Sequence[Draw]],
+    pictures: Sequence[Photo],
+    class_images: Sequence[Image.Image],
+) -> str:
+    """The name of the cache: a hash of all that features follow from, so that runs may share a folder of caches."""
+    return cache_key(
+        {
+            "model": job.folder.fingerprint(),
+            "photos": photo_hashes(pictures),
+            "class_images": [hashlib.sha256(image.tobytes()).hexdigest() for image in class_images],
+            "prompts": [job.recipe.instance_prompt, job.recipe.class_prompt],
+            "skipped": plan.skipped,
+            "draws": [[draw.as_dict() for draw in draws] for draws in batches],
+            "resolution": [job.patches.smallest, job.low_resolution, job.recipe.vae_tile],
+            "dtypes": [
+                job.recipe.dtype,
+                job.recipe.cache_dtype,
+                job.recipe.weights,
+                job.recipe.weight_bits,
+                job.recipe.quantizer,
+            ],
+        }
+    )
 
 
 def photo_hashes(pictures: Sequence[Photo]) -> list[str]:
