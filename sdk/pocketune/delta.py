@@ -126,7 +126,7 @@ def _load_with_peft(model: Any, path: Path, *, name: str) -> None:
     settings = LoraConfig(
         r=rank, lora_alpha=config.get("transformer.lora_alpha", rank), init_lora_weights=False, target_modules=targets
     )
-    with torch.random.fork_rng():  # peft draws start values that the file's replace
+    with torch.random.fork_rng(devices=[]):  # peft draws start values that the file's replace
         inject_adapter_in_model(settings, model, adapter_name=name)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
 

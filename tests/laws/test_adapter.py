@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pocketune.errors import PlanError
+from pocketune.methods.lora import add_lora
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder
 
@@ -14,6 +15,21 @@ def _inputs(batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, Prompt]:
     g = torch.Generator().manual_seed(1)
     prompt = Prompt(hidden=torch.randn(batch, 20, 128, generator=g), pooled=torch.randn(batch, 128, generator=g))
     return torch.randn(batch, 4, 8, 8, generator=g), torch.tensor([100.0, 900.0])[:batch], prompt
+
+
+def test_building_touches_no_gpu(tiny_model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a GPU's random state would start CUDA, and take memory on it."""
+
+    def refuse(*_: object) -> None:
+        message = "a GPU was asked"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", refuse)
+    before = torch.get_rng_state()
+    add_lora(tiny_model.load_denoiser(dtype=torch.float32, device=CPU), blocks=(0,), rank=2)
+    tiny_model.load_vae(device=CPU)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_equals_diffusers_bit_for_bit(tiny_model: ModelFolder) -> None:

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pocketune import cli
 from pocketune.budget import apart, planning
-from pocketune.budget.inputs import text_tokens
+from pocketune.budget.inputs import latent_channels, text_tokens
 from pocketune.budget.ladder import changes, rungs
-from pocketune.budget.ledger import Ledger
+from pocketune.budget.ledger import Ledger, PhaseLedger
+from pocketune.budget.parts import ACTIVATIONS, ENCODERS, POSTERIORS
 from pocketune.budget.search import MemoryPlan, choose, fits, needs
 from pocketune.budget.sizes import parse_size, readable
+from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENTS, OTHERS
 from pocketune.budget.whole import Ledgers, Setting, model_to_plan
 from pocketune.cgroups import CgroupLimits
 from pocketune.errors import PlanError, RecipeError
@@ -26,7 +30,8 @@ CPU = torch.device("cpu")
 
 
 def asked(**values: object) -> Recipe:
-    return Recipe.create(instance_prompt="a photo of sks toy", resolution=64, steps=4, rank=16, **values)
+    settings = {"instance_prompt": "a photo of sks toy", "resolution": 64, "steps": 4, "rank": 16}
+    return Recipe.create(**Recipe.relevant(settings | values))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,54 @@ def test_skipped_blocks_have_a_phase_and_a_cache_on_disk(ledgers: Ledgers) -> No
     assert dict(ledger.disk)["feature cache"] > 0
 
 
+def phase_of(ledger: Ledger, name: str) -> PhaseLedger:
+    return next(phase for phase in ledger.phases if phase.name == name)
+
+
+def test_latents_of_all_crops_stay_in_memory(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
+    """Of each photo without patches, and of each draw with them."""
+    one = 2 * latent_channels(tiny_model) * 4
+    whole, patched = ledgers(asked(steps=20)), ledgers(asked(steps=20, patches="dynamic"))
+    refreshed = ledgers(asked(steps=20, patches="dynamic", refresh_every=15))
+    for name in ("latents", "training", "saving", "samples"):
+        assert phase_of(whole, name).item(POSTERIORS) == 5 * one * 8**2
+        assert phase_of(patched, name).item(POSTERIORS) == 20 * one * 4**2
+        assert phase_of(refreshed, name).item(POSTERIORS) == 15 * one * 4**2
+    assert phase_of(whole, "text").item(POSTERIORS) == 0
+    assert phase_of(whole, "latents").flops == phase_of(ledgers(asked(steps=40)), "latents").flops
+    assert phase_of(patched, "latents").flops == phase_of(refreshed, "latents").flops
+
+
+def test_class_images_are_sampled_in_batches_of_their_own(ledgers: Ledgers) -> None:
+    ledger = ledgers(asked(class_prompt="a toy", class_images=3, sample_prompts=("a toy",)))
+    assert phase_of(ledger, "class images").item(ACTIVATIONS) > phase_of(ledger, "samples").item(ACTIVATIONS)
+    assert phase_of(ledger, "training").item("class images") == 3 * 64 * 64 * 4
+
+
+def test_mixed_training_needs_as_much_as_its_larger_step(ledgers: Ledgers) -> None:
+    def training(**values: object) -> PhaseLedger:
+        return phase_of(ledgers(asked(**values)), "training")
+
+    def activations(phase: PhaseLedger) -> int:
+        return sum(phase.item(name) for name in (ATTENTION, FEED_FORWARD, OTHERS, GRADIENTS))
+
+    backprop, mixed = training(), training(gradient="mixed")
+    assert activations(training(resolution=32)) <= activations(mixed) < activations(backprop)
+    assert mixed.item(MOMENTS) == backprop.item(MOMENTS)
+    smallest = training(gradient="mixed", low_resolution=16, activations="recomputed")
+    assert activations(smallest) >= activations(training(gradient="zeroth_order"))
+    never, always = (training(gradient="mixed", mix_start=start, mix_end=start).flops for start in (9, -9))
+    assert min(never, always) < mixed.flops < max(never, always)
+
+
+@pytest.mark.parametrize(("values", "passes"), [({"zo_queries": 3}, 6), ({"zo_queries": 3, "zo_two_sided": False}, 4)])
+def test_forward_passes_of_zeroth_order_are_those_of_its_points(
+    values: dict[str, object], passes: int, ledgers: Ledgers
+) -> None:
+    one, found = (phase_of(ledgers(asked(gradient="zeroth_order", **some)), "training").flops for some in ({}, values))
+    assert found * 2 == one * passes
+
+
 def test_without_a_budget_the_recipe_stays_as_it_is(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
     plan = choose(asked(), ledgers, tiny_model, budget_bytes=None)
     assert plan.recipe == asked()
@@ -158,7 +211,7 @@ def test_no_weights_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_word_is_not_planned_for(ledgers: Ledgers) -> None:
-    with pytest.raises(PlanError, match="token"):
+    with pytest.raises(PlanError, match="trains it without a --memory-budget"):
         ledgers(asked(method="token"))
 
 
@@ -174,9 +227,28 @@ def test_a_gpu_has_a_budget_of_its_own(tiny_model: ModelFolder) -> None:
     ledgers = Ledgers(Setting(folder=tiny_model, device=torch.device("cuda"), floor_bytes=FLOOR))
     ledger = ledgers(asked())
     assert 0 < ledger.peak_bytes("device") < FLOOR < ledger.peak_bytes()
+    text, alone = (
+        phase_of(of(asked()), "text") for of in (ledgers, Ledgers(Setting(folder=tiny_model, device=CPU, floor_bytes=FLOOR)))
+    )
+    assert text.item("weights on their way") == text.item(ENCODERS) > 0  # loaded whole in main memory, then moved
+    assert text.bytes() + text.bytes("device") == alone.bytes() + text.item(ENCODERS)
     assert "frozen weights" in {item.name for phase in ledger.phases for item in phase.items if item.place == "device"}
     with pytest.raises(PlanError, match="largest item"):
         choose(asked(), ledgers, tiny_model, budget_bytes=10 * FLOOR, device_budget_bytes=1000)
+
+
+def test_profiles_are_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine that plans has."""
+    questions: list[apart.Question] = []
+
+    def refuse(_: Recipe, question: apart.Question) -> None:
+        questions.append(question)
+        raise PlanError
+
+    monkeypatch.setattr(planning, "plan_memory", refuse)
+    for options in (["--device", "raspberry-pi-5"], []):
+        assert CliRunner().invoke(cli.app, ["plan", *options]).exit_code == 2
+    assert [question.device for question in questions] == ["cpu", None]
 
 
 def test_a_control_group_below_the_budget_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

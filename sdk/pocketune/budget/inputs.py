@@ -25,6 +25,12 @@ def text_tokens(folder: ModelFolder) -> int:
     return folder.text_padding + (CLIP_TOKENS if joined else 0)
 
 
+def latent_channels(folder: ModelFolder) -> int:
+    """Channels of the autoencoder's latents; FLUX takes four neighbours of them as one."""
+    channels: int = folder.denoiser_config["in_channels"]
+    return channels // (4 if folder.denoiser_kind == "FluxTransformer2DModel" else 1)
+
+
 def shaped_batch(
     folder: ModelFolder, adapter: DenoiserAdapter, plan: BlockPlan, make: Make, *, samples: int, side: int, tokens: int
 ) -> Batch:
@@ -46,7 +52,7 @@ def shaped_batch(
     pooled = config.get("pooled_projection_dim")
     if folder.family.takes_sizes:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    channels = config["in_channels"] // (4 if folder.denoiser_kind == "FluxTransformer2DModel" else 1)
+    channels = latent_channels(folder)
     latents = make(samples, channels, side, side)
     sigmas = make(samples)
     batch = Batch(

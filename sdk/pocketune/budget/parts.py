@@ -10,7 +10,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from pocketune.budget.inputs import CLIP_TOKENS, empty, shaped_batch, text_tokens
+from pocketune.budget.inputs import CLIP_TOKENS, empty, latent_channels, shaped_batch, text_tokens
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, dtype_of, held_tensors, retype, stream_shapes
 from pocketune.budget.tracing import LiveBytes, fused_attention
@@ -27,6 +27,7 @@ ENCODERS, VAE, DENOISER = "text encoders", "autoencoder", "denoiser"
 ACTIVATIONS = "activations"
 PROMPTS = 4
 """Of the images before and after, where the recipe names none."""
+POSTERIORS = "latents of the crops"
 
 
 def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> PhaseLedger:
@@ -44,37 +45,74 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
     return PhaseLedger(
         name="text",
         items=_items(
-            ((ENCODERS, held, "float32" + _where(streamed)), (ACTIVATIONS, activations, "one prompt")), largest, device
+            ((ENCODERS, held, "float32" + _where(streamed)), (ACTIVATIONS, activations, "one prompt")),
+            largest,
+            device,
+            passing_bytes=0 if streamed else held,
         ),
         flops=flops * (1 + (recipe.class_prompt is not None)),
     )
 
 
 def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops: int, device: torch.device) -> PhaseLedger:
-    """The autoencoder over one crop, and the latents of all."""
+    """The autoencoder over one of all crops after the other."""
     vae, buffer = _vae(folder, recipe, dtype=torch.float32)
     encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
     tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
     streamed = recipe.weights == "streamed"
+    held = _bytes(vae, streamed=streamed)
     return PhaseLedger(
         name="latents",
         items=_items(
-            ((VAE, _bytes(vae, streamed=streamed), "float32" + _where(streamed)), (ACTIVATIONS, encoding.peak_bytes, tile)),
+            ((VAE, held, "float32" + _where(streamed)), (ACTIVATIONS, encoding.peak_bytes, tile)),
             buffer,
             device,
+            passing_bytes=0 if streamed else held,
             convolutions=len(encoding.convolutions),
         ),
         flops=encoding.flops * crops,
     )
 
 
+def posteriors_item(folder: ModelFolder, *, crops: int, side: int) -> Item:
+    """The mean and the deviation of each crop that is in use, which stay in main memory from their encoding on.
+
+    Args:
+        folder: the model.
+        crops: how many.
+        side: of their latents.
+    """
+    channels = latent_channels(folder)
+    return Item(
+        name=POSTERIORS,
+        bytes=crops * 2 * channels * side**2 * torch.float32.itemsize,
+        formula=f"{crops:,} x 2 x {channels} x {side} x {side} x 4 B",
+    )
+
+
 def samples_phase(
-    folder: ModelFolder, recipe: Recipe, *, resolution: int, trained_bytes: int, device: torch.device
+    folder: ModelFolder,
+    recipe: Recipe,
+    *,
+    resolution: int,
+    images: int,
+    rounds: int,
+    trained_bytes: int,
+    device: torch.device,
 ) -> PhaseLedger:
-    """The whole stock pipeline, and the larger of a denoising pass and the decoding of a batch of images."""
+    """The whole stock pipeline, and the larger of a denoising pass and the decoding of a batch of images.
+
+    Args:
+        folder: the model.
+        recipe: complete.
+        resolution: of the images, in pixels.
+        images: that are sampled in one go.
+        rounds: how often.
+        trained_bytes: of the result, which is loaded too.
+        device: where the arithmetic is done.
+    """
     streamed = recipe.weights == "streamed"
-    batch = 1 if streamed else min(BATCH, len(recipe.sample_prompts) or PROMPTS)
-    images = 2 * (len(recipe.sample_prompts) or PROMPTS)
+    batch = 1 if streamed else min(BATCH, images)
     side = resolution // folder.vae_scale
     guided = 1 if folder.denoiser_config.get("guidance_embeds") else 2
     unpacked = recipe.model_copy(update={"weight_bits": None})
@@ -90,32 +128,42 @@ def samples_phase(
         for part in filter(folder.has, folder.family.text_encoders)
     ]
     buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
+    denoiser_bytes, vae_bytes = (_bytes(model, streamed=streamed) for model in (adapter.model, vae))
     larger = max(denoising, decoding, key=lambda passed: passed.peak_bytes)
     return PhaseLedger(
         name="samples",
         items=_items(
             (
-                (DENOISER, _bytes(adapter.model, streamed=streamed), recipe.dtype + _where(streamed)),
+                (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
                 ("trained parameters", trained_bytes, "the result"),
-                (VAE, _bytes(vae, streamed=streamed), recipe.dtype + _where(streamed)),
+                (VAE, vae_bytes, recipe.dtype + _where(streamed)),
                 (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
                 (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),
             buffer,
             device,
+            passing_bytes=0 if streamed else denoiser_bytes + vae_bytes + sum(encoders),
             convolutions=len(denoising.convolutions | decoding.convolutions),
         ),
-        flops=(denoising.flops * recipe.sample_steps + decoding.flops) * -(-images // batch),
+        flops=(denoising.flops * recipe.sample_steps + decoding.flops) * -(-images // batch) * rounds,
     )
 
 
 def _items(
-    parts: Sequence[tuple[str, int, str]], buffer: int, device: torch.device, *, convolutions: int = 0
+    parts: Sequence[tuple[str, int, str]],
+    buffer: int,
+    device: torch.device,
+    *,
+    passing_bytes: int,
+    convolutions: int = 0,
 ) -> tuple[Item, ...]:
+    """Items of parts by name, size and formula; `passing_bytes` of weights are in main memory on their way to a GPU."""
     place: Place = "device" if device.type == "cuda" else "host"
     items = [Item(name=name, bytes=size, formula=formula, place=place) for name, size, formula in parts if size]
     if buffer:
         items.append(Item(name=BUFFER, bytes=buffer, formula="a tile of one weight"))
+    if place == "device" and passing_bytes:
+        items.append(Item(name="weights on their way", bytes=passing_bytes, formula="loaded whole, then moved to the GPU"))
     return (*items, heap(convolutions))
 
 

@@ -36,9 +36,9 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     photos = None
     if question.photos:
         pictures = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)
-        photos = sum(picture.image.width * picture.image.height * 3 for picture in pictures)
+        photos = tuple(picture.image.width * picture.image.height for picture in pictures)
         del pictures
-    setting = Setting(folder=folder, device=device, floor_bytes=floor, photo_bytes=photos)
+    setting = Setting(folder=folder, device=device, floor_bytes=floor, photos=photos)
     return choose(
         recipe,
         Ledgers(setting),

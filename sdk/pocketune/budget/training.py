@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -23,6 +23,8 @@ from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.recompute import saved_to
+from pocketune.sampling.choices import zeroth_order_share
+from pocketune.sampling.directions import Probing
 from pocketune.step import span_features
 from pocketune.train import forget_activations, loss_of
 from pocketune.tuning import METHODS
@@ -41,11 +43,18 @@ class Shapes:
         side: of the latents.
         tokens: of the text.
         samples: of a batch, class images included.
+        low_side: of the latents that mixed training backpropagates on; None: all steps work at one size.
     """
 
     side: int
     tokens: int
     samples: int = 1
+    low_side: int | None = None
+
+    @property
+    def only_side(self) -> int | None:
+        """To which a table of positions can be cropped."""
+        return self.side if self.low_side is None else None
 
 
 class _NoOptimizer:
@@ -63,9 +72,11 @@ class _NoOptimizer:
 
 
 def training_phase(
-    folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, device: torch.device, one_size: bool = True
+    folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, device: torch.device
 ) -> PhaseLedger:
     """What is in memory at the peak of a training step, from the second on, when the optimizer has its moments.
+
+    Of mixed training, the step of either kind that needs more; times are those of both, in the shares to expect.
 
     Args:
         folder: the model; its weights are not read.
@@ -73,18 +84,33 @@ def training_phase(
         plan: what is skipped.
         shapes: sizes of the job.
         device: where the arithmetic is done.
-        one_size: whether all steps work at one size, so that a table of positions can be cropped.
     """
-    side = shapes.side if one_size else None
-    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=side)
+    if shapes.low_side is None:
+        return _steps(folder, recipe, plan, shapes, device=device, side=shapes.side, backprop=recipe.gradient == "backprop")
+    low = _steps(folder, recipe, plan, shapes, device=device, side=shapes.low_side, backprop=True)
+    high = _steps(folder, recipe, plan, shapes, device=device, side=shapes.side, backprop=False)
+    share = zeroth_order_share(recipe)
+    return replace(
+        max(low, high, key=lambda phase: sum(item.bytes for item in phase.items)),
+        flops=round(low.flops * (1 - share) + high.flops * share),
+        read_bytes=round(low.read_bytes * (1 - share) + high.read_bytes * share),
+        written_bytes=round(low.written_bytes * (1 - share)),
+        disk_bytes=low.disk_bytes,
+    )
+
+
+def _steps(
+    folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, device: torch.device, side: int, backprop: bool
+) -> PhaseLedger:
+    """All steps as one kind of them, at one size."""
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=shapes.only_side)
     weights = held_tensors(adapter.model)
     tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)
-    scratch = ShapeScratch() if recipe.activations == "on_disk" else None
+    scratch = ShapeScratch() if recipe.activations == "on_disk" and backprop else None
     trained = [parameter.to("meta") for parameter in tuned.parameters.values()]
-    backprop = recipe.gradient != "zeroth_order"
-    has_moments = backprop or recipe.zo_optimizer == "adam"
+    has_moments = recipe.gradient != "zeroth_order" or recipe.zo_optimizer == "adam"
     moments = [torch.empty_like(one, device="meta") for one in trained for _ in range(2)] if has_moments else []
-    batch = shaped_batch(folder, adapter, plan, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
+    batch = shaped_batch(folder, adapter, plan, empty, samples=shapes.samples, side=side, tokens=shapes.tokens)
     live = LiveBytes()
     counted = len([one for one in weights if one.numel()])
     live.hold(weights, WEIGHTS)
@@ -111,9 +137,9 @@ def training_phase(
         TRAINED: f"{count:,} x 4 B",
         MOMENTS: f"2 x {count:,} x 4 B",
         INPUTS: f"{shapes.samples} x latents, {shapes.tokens} tokens of text, features of {len(plan.skipped_spans)} spans",
-        ATTENTION: _activations(recipe, plan),
-        FEED_FORWARD: _activations(recipe, plan),
-        OTHERS: _activations(recipe, plan),
+        ATTENTION: _activations(recipe, plan, backprop=backprop),
+        FEED_FORWARD: _activations(recipe, plan, backprop=backprop),
+        OTHERS: _activations(recipe, plan, backprop=backprop),
         GRADIENTS: "one block at a time" if recipe.optimizer_in_backward else f"{count:,} x 4 B and what flows back",
     }
     place: Place = "device" if device.type == "cuda" else "host"
@@ -124,11 +150,12 @@ def training_phase(
     ]
     if tiles is not None:
         items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
-    passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else 2 * recipe.zo_queries)
+    forwards = len(Probing(queries=recipe.zo_queries, two_sided=recipe.zo_two_sided).points)
+    passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else forwards)
     return PhaseLedger(
         name="training",
         items=(*items, heap(len(live.convolutions), len(trained))),
-        flops=live.flops * recipe.steps * (1 if backprop else 2 * recipe.zo_queries),
+        flops=live.flops * recipe.steps * (1 if backprop else forwards),
         read_bytes=passes * stored_bytes(folder, plan, recipe) * recipe.steps,
         written_bytes=0 if scratch is None else scratch.written_bytes * recipe.steps,
         disk_bytes=0 if scratch is None else scratch.size_bytes,
@@ -149,7 +176,7 @@ def features_phase(
 ) -> PhaseLedger:
     """What is in memory while the features of skipped blocks are computed."""
     blocks = range(plan.skipped_spans[-1].stop)
-    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.side)
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.only_side)
     whole = BlockPlan(plan.block_count)
     batch = shaped_batch(folder, adapter, whole, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
     live = LiveBytes()
@@ -205,8 +232,8 @@ def _residence(recipe: Recipe) -> str:
     return f", packed to {recipe.weight_bits} bits" if recipe.weight_bits else ""
 
 
-def _activations(recipe: Recipe, plan: BlockPlan) -> str:
-    if recipe.gradient == "zeroth_order":
+def _activations(recipe: Recipe, plan: BlockPlan, *, backprop: bool) -> str:
+    if not backprop:
         return "one block, forward"
     kept = len(plan.kept)
     return {

@@ -14,7 +14,7 @@ import torch
 
 from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
-from pocketune.budget.parts import latents_phase, samples_phase, text_phase
+from pocketune.budget.parts import PROMPTS, latents_phase, posteriors_item, samples_phase, text_phase
 from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_phase, stored_bytes, training_phase
 from pocketune.errors import ModelError, PlanError
 from pocketune.features.precompute import predicted_bytes
@@ -25,10 +25,13 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.select import selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.recipe import Recipe
+from pocketune.sampling.choices import low_side
 from pocketune.sampling.draws import refresh_periods
 from pocketune.sampling.patches import patches_of
 
-_TYPICAL_PHOTOS = 5 * 1024 * 1024 * 3
+PIXEL_BYTES = 4
+"""Of a picture in memory, as Pillow holds it."""
+_TYPICAL_COUNT, _TYPICAL_SIDE = 5, 1024
 _STAGES = {"AutoencoderDC": 6}
 
 
@@ -36,7 +39,7 @@ class PublishedModel(ModelFolder):
     """A published model of which only the denoiser's configuration is here; it has no text encoders and no autoencoder."""
 
     def __init__(self, name: str) -> None:
-        """Read a configuration of `pocketune.models.load.PUBLISHED`."""
+        """Read a configuration of `pocketune.models.empty.PUBLISHED`."""
         config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
         self.name = self.source = name
         self.path = Path(name)
@@ -79,15 +82,20 @@ class Setting:
         folder: the model.
         device: where the arithmetic is done.
         floor_bytes: of interpreter and libraries.
-        photo_bytes: of the photos in memory; None: a typical handful.
+        photos: pixels of each; None: a typical handful.
         tokens: of the text; None: the model's.
     """
 
     folder: ModelFolder
     device: torch.device
     floor_bytes: int
-    photo_bytes: int | None = None
+    photos: tuple[int, ...] | None = None
     tokens: int | None = None
+
+    @property
+    def photo_count(self) -> int:
+        """How many photos there are."""
+        return _TYPICAL_COUNT if self.photos is None else len(self.photos)
 
 
 class Ledgers:
@@ -107,8 +115,8 @@ class Ledgers:
         """
         if recipe.method == "token":
             msg = (
-                'memory is not planned for method = "token", which keeps text encoders beside the denoiser. Leave the budget '
-                "out."
+                'memory is not planned for method = "token", which keeps text encoders beside the denoiser. `pocketune '
+                "personalize` trains it without a --memory-budget."
             )
             raise PlanError(msg)
         folder = self._setting.folder
@@ -120,39 +128,47 @@ class Ledgers:
     def _of(self, recipe: Recipe, plan: BlockPlan) -> Iterator[PhaseLedger]:
         folder, device = self._setting.folder, self._setting.device
         resolution, side = recipe.resolution or folder.native_resolution, _training_side(recipe, folder)
-        batch = _samples(recipe)
-        shapes = Shapes(side=side // folder.vae_scale, tokens=self._setting.tokens or text_tokens(folder), samples=batch)
-        draws = recipe.draws or recipe.steps * batch
+        shapes = _shapes(recipe, self._setting)
+        draws = sum(_draws(recipe))
+        encoded, in_use = _crops(recipe, photos=self._setting.photo_count)
+        kept: tuple[Item, ...] = ()
         held = (recipe.weights, recipe.dtype)
         packed = (*held, recipe.weight_bits, plan, shapes)
         if folder.has("vae"):
             yield PhaseLedger(name="photos", items=())
             yield self._once(lambda: text_phase(folder, recipe, device=device), "text", *held, recipe.class_prompt is None)
-            yield self._once(
-                lambda: latents_phase(folder, recipe, resolution=side, crops=draws, device=device),
-                *("latents", *held, recipe.vae_tile, side, draws),
+            if recipe.class_prompt is not None:
+                kept = (_class_pictures(recipe.class_images, resolution),)
+                made = self._sampling(recipe, resolution, images=recipe.class_images, rounds=1, trained_bytes=0)
+                yield _with(replace(made, name="class images"), kept)
+            kept = (posteriors_item(folder, crops=in_use, side=shapes.side), *kept)
+            latents = self._once(
+                lambda: latents_phase(folder, recipe, resolution=side, crops=encoded, device=device),
+                *("latents", *held, recipe.vae_tile, side, encoded),
             )
+            yield _with(latents, kept)
         if plan.skipped and recipe.use_residuals:
-            yield self._once(
+            features = self._once(
                 lambda: features_phase(folder, recipe, plan, shapes, draws=draws, device=device), "features", *packed, draws
             )
-        one_size = recipe.gradient != "mixed"
+            yield _with(features, kept)
         training = self._once(
-            lambda: training_phase(folder, recipe, plan, shapes, device=device, one_size=one_size),
+            lambda: training_phase(folder, recipe, plan, shapes, device=device),
             *("training", recipe.model_copy(update={"vae_tile": None, "sample_prompts": ()}).model_dump_json()),
         )
-        yield training
-        yield saving_phase(training)
+        yield _with(training, kept)
+        yield _with(saving_phase(training), kept)
         if folder.has("vae"):
-            trained = training.item(TRAINED)
-            prompts = len(recipe.sample_prompts)
-            samples = self._once(
-                lambda: samples_phase(folder, recipe, resolution=resolution, trained_bytes=trained, device=device),
-                *("samples", *held, recipe.vae_tile, resolution, trained, prompts, recipe.sample_steps),
-            )
-            if recipe.class_prompt is not None:
-                yield replace(samples, name="class images")  # by the same pipeline, before anything is trained
-            yield samples
+            prompts = len(recipe.sample_prompts) or PROMPTS
+            samples = self._sampling(recipe, resolution, images=prompts, rounds=2, trained_bytes=training.item(TRAINED))
+            yield _with(samples, kept)
+
+    def _sampling(self, recipe: Recipe, resolution: int, *, images: int, rounds: int, trained_bytes: int) -> PhaseLedger:
+        settings = {"resolution": resolution, "images": images, "rounds": rounds, "trained_bytes": trained_bytes}
+        return self._once(
+            lambda: samples_phase(self._setting.folder, recipe, **settings, device=self._setting.device),
+            *("samples", recipe.weights, recipe.dtype, recipe.vae_tile, recipe.sample_steps, *settings.values()),
+        )
 
     def _once(self, make: Callable[[], PhaseLedger], *key: object) -> PhaseLedger:
         if key not in self._phases:
@@ -166,8 +182,45 @@ def block_plan(folder: ModelFolder, recipe: Recipe) -> BlockPlan:
     return plan_for(folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection)
 
 
-def _samples(recipe: Recipe) -> int:
-    return recipe.batch_size * (1 if recipe.class_prompt is None else 2)
+def _kinds(recipe: Recipe) -> int:
+    """Photos, and with prior preservation as many class images."""
+    return 1 if recipe.class_prompt is None else 2
+
+
+def _draws(recipe: Recipe) -> list[int]:
+    """Distinct draws of each pool."""
+    needed = [len(steps) * recipe.batch_size for steps in refresh_periods(recipe)]
+    return [_kinds(recipe) * min(recipe.draws or count, count) for count in needed]
+
+
+def _crops(recipe: Recipe, *, photos: int) -> tuple[int, int]:
+    """Distinct crops that are encoded in all, and those that are in use at once."""
+    draws = _draws(recipe)
+    if recipe.patches not in ("none", "resize"):
+        return sum(draws), max(draws)
+    images = photos + (0 if recipe.class_prompt is None else recipe.class_images)
+    images *= 2 if recipe.gradient == "mixed" else 1
+    return min(images, sum(draws)), min(images, max(draws))
+
+
+def _shapes(recipe: Recipe, setting: Setting) -> Shapes:
+    folder, side = setting.folder, _training_side(recipe, setting.folder)
+    low = low_side(recipe.low_resolution, side=side, unit=folder.resolution_unit) if recipe.gradient == "mixed" else None
+    return Shapes(
+        side=side // folder.vae_scale,
+        tokens=setting.tokens or text_tokens(folder),
+        samples=recipe.batch_size * _kinds(recipe),
+        low_side=None if low is None else low // folder.vae_scale,
+    )
+
+
+def _class_pictures(count: int, side: int) -> Item:
+    size = count * side**2 * PIXEL_BYTES
+    return Item(name="class images", bytes=size, formula=f"{count} of {side} x {side} pixels, {PIXEL_BYTES} B each")
+
+
+def _with(phase: PhaseLedger, kept: tuple[Item, ...]) -> PhaseLedger:
+    return replace(phase, items=(*phase.items, *kept))
 
 
 def _training_side(recipe: Recipe, folder: ModelFolder) -> int:
@@ -176,12 +229,14 @@ def _training_side(recipe: Recipe, folder: ModelFolder) -> int:
 
 
 def _with_floor(phase: PhaseLedger, setting: Setting) -> PhaseLedger:
-    photos = _TYPICAL_PHOTOS if setting.photo_bytes is None else setting.photo_bytes
-    said = "5 of 1024 x 1024 pixels, 3 B each" if setting.photo_bytes is None else "3 B a pixel"
+    pixels = (_TYPICAL_SIDE**2,) * _TYPICAL_COUNT if setting.photos is None else setting.photos
+    typical = f"{_TYPICAL_COUNT} of {_TYPICAL_SIDE} x {_TYPICAL_SIDE} pixels"
+    said = f"{typical if setting.photos is None else len(pixels)}, {PIXEL_BYTES} B a pixel"
     floor = Item(name="interpreter and libraries", bytes=setting.floor_bytes, formula="measured", fixed=True)
     if not setting.folder.has("vae"):
         return replace(phase, items=(floor, *phase.items))
-    return replace(phase, items=(floor, Item(name="photos", bytes=photos, formula=said, fixed=True), *phase.items))
+    photos = Item(name="photos", bytes=sum(pixels) * PIXEL_BYTES, formula=said, fixed=True)
+    return replace(phase, items=(floor, photos, *phase.items))
 
 
 def _disk(recipe: Recipe, setting: Setting, plan: BlockPlan, phases: tuple[PhaseLedger, ...]) -> tuple[tuple[str, int], ...]:
@@ -190,14 +245,12 @@ def _disk(recipe: Recipe, setting: Setting, plan: BlockPlan, phases: tuple[Phase
     trained = training.item(TRAINED)
     disk = {"checkpoints": 3 * 3 * trained, "result": trained, "scratch file": training.disk_bytes}
     if plan.skipped and recipe.use_residuals:
-        longest = max(len(steps) for steps in refresh_periods(recipe))
-        samples = _samples(recipe)
         disk["feature cache"] = predicted_bytes(
             folder,
             plan,
             side=_training_side(recipe, folder),
             text_tokens=setting.tokens or text_tokens(folder),
-            draws=min(recipe.draws or longest * samples, longest * samples),
+            draws=max(_draws(recipe)),
             dtype=getattr(torch, recipe.cache_dtype),
         )
     if recipe.weights == "streamed" and recipe.weight_bits:

@@ -63,7 +63,9 @@ def plan(
             from pocketune.budget.planning import plan_memory
             from pocketune.budget.speed import speed_of
         where = f" on '{profile.name}'" if profile else ""
-        found = plan_memory(settings, Question(model=model, budget_bytes=budget, where=where))
+        # Profiles are of devices' processors; without one, plan for this machine.
+        question = Question(model=model, budget_bytes=budget, device="cpu" if profile else None, where=where)
+        found = plan_memory(settings, question)
         seconds = speed_of(profile).by_phase(found.ledger)
     if as_json:
         typer.echo(json.dumps(found.as_dict() | {"model": model, "device": device, "seconds": seconds}))

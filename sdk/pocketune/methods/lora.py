@@ -41,7 +41,7 @@ def add_lora(
     present = lora_layers(adapter, blocks=blocks, targets=targets)
     pattern = "|".join(re.escape(name) for name in present)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False, target_modules=f"({pattern})")
-    with torch.random.fork_rng():  # peft draws its start from the global generator; every value is overwritten below
+    with torch.random.fork_rng(devices=[]):  # peft draws its start from the global generator; every value is overwritten below
         if hasattr(model, "add_adapter"):
             model.add_adapter(config, adapter_name=ADAPTER)
         else:  # diffusers gives PixArt no such method

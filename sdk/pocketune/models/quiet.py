@@ -29,6 +29,9 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Quiet, and without a trace in the global random state, from which some modules draw values that are then replaced."""
-    with quiet_libraries(), torch.random.fork_rng():
+    """Quiet, and without a trace in the global random state, from which some modules draw values that are then replaced.
+
+    They are built in main memory, so that no GPU's random state is asked for, which would take memory on every GPU there is.
+    """
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
         yield

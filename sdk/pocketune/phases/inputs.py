@@ -53,7 +53,8 @@ def encode(
 ) -> BatchMaker:
     """Encode the crops of some steps' draws; of those encoded before, the ones that occur again are kept."""
     draws = {crop_key(draw): draw for draws in batches for draw in draws}
-    job.posteriors = {key: posterior for key, posterior in job.posteriors.items() if key in draws}
+    for key in job.posteriors.keys() - draws.keys():
+        del job.posteriors[key]
     missing = [draw for key, draw in draws.items() if key not in job.posteriors]
     if missing:
         with job.watch.phase("latents"):

@@ -18,7 +18,7 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sample import BATCH
 from pocketune.sampling.batches import CropKey, NoiseSchedule, Posterior
-from pocketune.sampling.choices import Choice
+from pocketune.sampling.choices import Choice, low_side
 from pocketune.sampling.draws import refresh_periods
 from pocketune.sampling.patches import Patches, patches_of
 from pocketune.tuning import METHODS
@@ -79,8 +79,7 @@ class Job:
     @property
     def low_resolution(self) -> int:
         """Side of the images that mixed training backpropagates on."""
-        unit = self.folder.resolution_unit
-        return self.recipe.low_resolution or max(unit, self.patches.smallest // 2 // unit * unit)
+        return low_side(self.recipe.low_resolution, side=self.patches.smallest, unit=self.folder.resolution_unit)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -107,7 +107,7 @@ class Diffusion:
 def shift_into_convolutions(vae: AutoencoderKL) -> AutoencoderKL:
     """The same VAE with its `shift_factor`, which Stable Diffusion 1.5 does not know, in the biases of 1x1 convolutions."""
     config = {**vae.config, "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
-    with torch.random.fork_rng():  # the convolutions' random start is replaced at once
+    with torch.random.fork_rng(devices=[]):  # the convolutions' random start is replaced at once
         shifted: AutoencoderKL = AutoencoderKL.from_config(config)
     shifted.load_state_dict(vae.state_dict(), strict=False)
     channels, shift = vae.config.latent_channels, vae.config.shift_factor

@@ -84,6 +84,23 @@ def zeroth_order_probability(recipe: Asked, *, noise: float, progress: float) ->
     return recipe.mix_largest * 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
 
 
+def zeroth_order_share(recipe: Asked) -> float:
+    """The share of zeroth-order steps to expect over a whole training, of timesteps that are drawn evenly."""
+    grid = (np.arange(20) + 0.5) / 20
+    return float(np.mean([zeroth_order_probability(recipe, noise=n, progress=p) for n in grid for p in grid]))
+
+
+def low_side(asked: int | None, *, side: int, unit: int) -> int:
+    """Side of the images that mixed training backpropagates on; where none is asked for, half of the others'.
+
+    Args:
+        asked: `low_resolution`.
+        side: of the training images.
+        unit: sides are multiples of it.
+    """
+    return asked or max(unit, side // 2 // unit * unit)
+
+
 def choose(recipe: Asked, batches: Sequence[Sequence[Draw]], noise: NDArray[np.float64]) -> tuple[Choice, ...]:
     """What each step does.
 
