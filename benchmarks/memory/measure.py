@@ -116,8 +116,8 @@ def _now() -> tuple[float, float]:
 
 def recipe_of(job: Job, *, steps: int) -> Recipe:
     """What is asked of a row's training."""
-    settings = {"rank": RANK} | job.settings
-    return Recipe.create(instance_prompt=job.title, steps=steps, checkpoint_every=steps, skip=job.skip, **settings)
+    asked = {"instance_prompt": job.title, "steps": steps, "checkpoint_every": steps, "skip": job.skip, "rank": RANK}
+    return Recipe.create(**Recipe.relevant(asked | job.settings))
 
 
 def identity_of(name: str, job: Job) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,18 +22,18 @@ PHOTOS = Path(__file__).parent.parent.parent / "demo" / "photos" / "toy" / "toy-
 
 def measure_whole(name: str, job: Job, folder: Path, *, steps: int, photos: Sequence[Path] = (PHOTOS,)) -> Row:
     """Photos, text encoders, VAE, features, training, checkpoint and samples, with one prompt and two sampling steps."""
-    recipe = Recipe.create(
-        instance_prompt="a photo of sks toy",
-        sample_prompts=("a photo of sks toy",),
-        sample_steps=2,
-        learning_rate=1e-2,
-        rank=RANK,
-        steps=steps,
-        checkpoint_every=steps,
-        skip=job.skip,
-        resolution=job.resolution,
-        **job.settings,
-    )
+    asked: dict[str, Any] = {
+        "instance_prompt": "a photo of sks toy",
+        "sample_prompts": ("a photo of sks toy",),
+        "sample_steps": 2,
+        "learning_rate": 1e-2,
+        "rank": RANK,
+        "steps": steps,
+        "checkpoint_every": steps,
+        "skip": job.skip,
+        "resolution": job.resolution,
+    }
+    recipe = Recipe.create(**Recipe.relevant(asked | job.settings))
     floor = read_peak_rss() or 0
     with tempfile.TemporaryDirectory(dir=folder) as work:
         record = personalize(photos, recipe=recipe, out=Path(work) / "run", model=folder, device="cpu")

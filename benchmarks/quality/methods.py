@@ -192,7 +192,7 @@ class PocketunePainter:
         weights = run / tuning.METHODS[method.changes.get("method", "lora")].result
         if (run / "run.json").exists() and weights.exists():
             return weights
-        recipe = Recipe.create(**subject_recipe(subject, self._recipe), **method.changes, seed=seed)
+        recipe = method_recipe(method, subject_recipe(subject, self._recipe) | {"seed": seed})
         pocketune.personalize(
             save_photos(subject, self._work / "photos" / subject.name),
             model=self._model,
@@ -206,6 +206,11 @@ class PocketunePainter:
 def subject_recipe(subject: BoothSubject, recipe: dict[str, Any]) -> dict[str, Any]:
     """A base recipe for one subject."""
     return {"instance_prompt": subject.instance_prompt, "sample_prompts": (subject.instance_prompt,), **recipe}
+
+
+def method_recipe(method: Method, base: dict[str, Any]) -> Recipe:
+    """A base recipe with a method's changes, less what the method does not take."""
+    return Recipe.create(**Recipe.relevant(base | method.changes))
 
 
 def save_photos(subject: BoothSubject, folder: Path) -> list[Path]:

@@ -42,10 +42,10 @@ def optimizer_of(recipe: Recipe) -> m.Optimizer:
     """What takes the steps, as `pocketune.train` sets it up."""
     rate, decay, epsilon, clipped = recipe.learning_rate, recipe.weight_decay, EPSILON, True
     in_rate = None
-    if recipe.method == "scales" and recipe.gradient == "backprop":
+    if recipe.method == "scales":
         rate, in_rate, decay = recipe.scale_learning_rate, recipe.scale_in_learning_rate, 0.0
     if recipe.gradient == "zeroth_order":
-        rate, clipped = recipe.zo_learning_rate, False
+        rate, in_rate, clipped = recipe.zo_learning_rate, None, False
     if recipe.zo_optimizer == "adam":
         decay, epsilon = 0.0, ZO_ADAM_EPSILON
     return m.Optimizer(

@@ -114,7 +114,7 @@ def verify(
     if folder.fingerprint() != manifest.model.sha256:
         msg = f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model."
         raise FileFormatError(msg)
-    recipe = Recipe.create(**manifest.recipe)
+    recipe = Recipe.create(**Recipe.relevant(manifest.recipe))
     skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]
     plan = BlockPlan(manifest.model.block_count, tuple(skipped))
     adapter, tuned = eager_model(bundle, folder, plan, recipe)

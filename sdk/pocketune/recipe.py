@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pocketune.errors import RecipeError
+
+_BY_BACKPROP = ("backprop", "mixed")
+_MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("zo_", "gradient", ("zeroth_order", "mixed")),
+    ("mix_", "gradient", ("mixed",)),
+    ("low_resolution", "gradient", ("mixed",)),
+    ("learning_rate", "gradient", _BY_BACKPROP),
+    ("learning_rate", "method", ("lora", "token")),
+    ("weight_decay", "method", ("lora", "token")),
+    ("weight_decay", "zo_optimizer", ("descent",)),
+    ("max_grad_norm", "gradient", _BY_BACKPROP),
+    ("rank", "method", ("lora",)),
+    ("lora_targets", "method", ("lora",)),
+    ("scale_", "method", ("scales",)),
+    ("scale_learning_rate", "gradient", _BY_BACKPROP),
+    ("scale_in_learning_rate", "gradient", _BY_BACKPROP),
+    ("scale_in_learning_rate", "scale_inputs", (True,)),
+    ("token", "method", ("token",)),
+    ("subspace_", "method", ("token",)),
+    ("subspace_", "gradient", ("zeroth_order",)),
+    ("quantizer", "weight_bits", (4, 8)),
+    ("class_images", "class_prompt", ()),
+    ("prior_loss_weight", "class_prompt", ()),
+    ("logit_", "weighting_scheme", ("logit_normal",)),
+    ("mode_scale", "weighting_scheme", ("mode",)),
+)
+"""Fields by the beginning of their names, the setting that they depend on, and its values with which they have an effect; none
+named: any value that is given."""
+_RATES = {"learning_rate": "Zeroth-order steps have zo_learning_rate, scales have scale_learning_rate."}
 
 
 class Recipe(BaseModel):
@@ -185,23 +215,9 @@ class Recipe(BaseModel):
         ):
             if wrong:
                 raise ValueError(msg)
-        inert: tuple[tuple[str, str, tuple[object, ...]], ...] = (
-            ("zo_", "gradient", ("zeroth_order", "mixed")),
-            ("mix_", "gradient", ("mixed",)),
-            ("low_resolution", "gradient", ("mixed",)),
-            ("scale_", "method", ("scales",)),
-            ("token", "method", ("token",)),
-            ("subspace_", "method", ("token",)),
-            ("subspace_", "gradient", ("zeroth_order", "mixed")),
-            ("quantizer", "weight_bits", (4, 8)),
-        )
-        for prefix, setting, wanted in inert:
-            value = getattr(self, setting)
-            for name, field in type(self).model_fields.items():
-                if name.startswith(prefix) and value not in wanted and getattr(self, name) != field.default:
-                    values = " or ".join(map(str, wanted))
-                    msg = f"{name} has no effect while {setting} is {value}. Set {setting} to {values}, or leave {name} out."
-                    raise ValueError(msg)
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.default and (reason := self.why_without_effect(name)):
+                raise ValueError(reason)
         if self.method == "scales" and self.weight_bits is None:
             msg = 'method = "scales" tunes scales of packed weights. Set weight_bits to 8 or 4.'
             raise ValueError(msg)
@@ -215,6 +231,16 @@ class Recipe(BaseModel):
             msg = 'scales and quantizer are for packed weights in memory. Set weights = "resident", or leave them out.'
             raise ValueError(msg)
         return self
+
+    def why_without_effect(self, name: str) -> str | None:
+        """Because of which other setting a field cannot have an effect, as a sentence; None: it can."""
+        for prefix, setting, wanted in _MATTERS:
+            value = getattr(self, setting)
+            if name.startswith(prefix) and (value not in wanted if wanted else value is None):
+                change = f"{setting} to {' or '.join(map(str, wanted))}" if wanted else setting
+                msg = f"{name} has no effect while {setting} is {value}. Set {change}, or leave {name} out."
+                return f"{msg} {_RATES[name]}" if name in _RATES else msg
+        return None
 
     @property
     def saves_memory(self) -> bool:
@@ -246,6 +272,15 @@ class Recipe(BaseModel):
             )
             msg = f"the recipe is not valid: {faults}. docs/recipe.md lists all fields."
             raise RecipeError(msg) from error
+
+    @classmethod
+    def relevant(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Of some values, those that have an effect beside the others.
+
+        For settings that several recipes share, and for records of versions that let more pass.
+        """
+        recipe = cls.model_construct(**values)
+        return {name: value for name, value in values.items() if recipe.why_without_effect(name) is None}
 
     @classmethod
     def from_toml(cls, path: Path, **overrides: Any) -> Self:

@@ -140,7 +140,7 @@ class RunRecord:
                 model=values["model"],
                 model_kind=values["model_kind"],
                 model_note=values["model_note"],
-                recipe=Recipe.create(**values["recipe"]),
+                recipe=Recipe.create(**Recipe.relevant(values["recipe"])),
                 plan=dict(values["plan"]),
                 losses=tuple(values["losses"]),
                 memory=tuple(MemoryRow(*row) for row in zip(*columns, strict=True)),

@@ -15,9 +15,7 @@ from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RunError
 from pocketune.features.cache import FeatureCache
 from pocketune.features.precompute import key_of
-from pocketune.gradients.backprop import Backprop
-from pocketune.gradients.base import Estimate
-from pocketune.gradients.zeroth_order import ZerothOrder
+from pocketune.gradients.zeroth_order import Estimate, ZerothOrder
 from pocketune.methods.base import Tuned, unchanged
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
@@ -168,13 +166,15 @@ def train_step(
     took: Callable[[float], None] = ignore,
 ) -> float:
     """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update, of which `took` hears with it."""
-    estimate = Backprop()(lambda: loss_of(adapter, plan, recipe, inputs(batch)), parameters, step=0)
+    loss = loss_of(adapter, plan, recipe, inputs(batch))
+    torch.autograd.backward(loss)
+    value = loss.item()
     with whole():
         torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        took(estimate.loss)
-    return estimate.loss
+        took(value)
+    return value
 
 
 def zeroth_order_step(
@@ -205,6 +205,7 @@ def zeroth_order_step(
         found = estimate.gradient(name)
         return None if found is None else tuned.project(name, found)
 
+    decay = 0.0 if recipe.method == "scales" else recipe.weight_decay
     with whole():
         if recipe.zo_optimizer == "adam":
             for name, parameter in tuned.parameters.items():
@@ -213,7 +214,7 @@ def zeroth_order_step(
             optimizer.zero_grad(set_to_none=True)
         else:
             projected = Estimate(estimate.loss, gradient)
-            descend(tuned.parameters, projected, learning_rate=recipe.zo_learning_rate, weight_decay=recipe.weight_decay)
+            descend(tuned.parameters, projected, learning_rate=recipe.zo_learning_rate, weight_decay=decay)
         tuned.after_step(step)
         took(estimate.loss)
     return estimate.loss

@@ -13,12 +13,11 @@ import pocketune
 from benchmarks.quality.__main__ import _method_names, main, settings_text
 from benchmarks.quality.costs import measure_costs
 from benchmarks.quality.measure import measure
-from benchmarks.quality.methods import GROUPS, METHODS, POCKET_RECIPE, PocketunePainter, subject_recipe
+from benchmarks.quality.methods import GROUPS, METHODS, POCKET_RECIPE, PocketunePainter, method_recipe, subject_recipe
 from benchmarks.quality.subjects import pocket_subjects
 from benchmarks.rows import append_row, read_rows
 from pocketune.errors import FileFormatError, RecipeError, RunError
 from pocketune.memory import MemoryReading
-from pocketune.recipe import Recipe
 
 torch.set_num_threads(1)
 IDENTITY = {"model": "m", "weights": "w", "settings": "s"}
@@ -164,7 +163,8 @@ def test_a_training_that_fails_is_an_error(tmp_path, monkeypatch):
 
 def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
     for method in METHODS.values():
-        Recipe.create(**subject_recipe(pocket_subjects(1)[0], POCKET_RECIPE), **method.changes)
+        recipe = method_recipe(method, subject_recipe(pocket_subjects(1)[0], POCKET_RECIPE))
+        assert (recipe.learning_rate == POCKET_RECIPE["learning_rate"]) is (recipe.why_without_effect("learning_rate") is None)
     for group, names in GROUPS.items():
         assert _method_names(group) == list(names)
         assert set(names) <= set(METHODS) and "lora" in names

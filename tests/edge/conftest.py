@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def edge_recipe(**changes: Any) -> Recipe:
-    return Recipe.create(**(SETTINGS | changes))
+    return Recipe.create(**Recipe.relevant(SETTINGS | changes))
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def quick_recipe(**changes: object) -> Recipe:
         "sample_steps": 2,
         "sample_prompts": ("a photo of sks toy",),
     }
-    return Recipe.create(**(settings | changes))
+    return Recipe.create(**Recipe.relevant(settings | changes))
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -26,7 +26,7 @@ def quick_recipe(**changes: object) -> Recipe:
         "sample_prompts": ("a photo of sks toy",),
         "checkpoint_every": 2,
     }
-    return Recipe.create(**(settings | changes))
+    return Recipe.create(**Recipe.relevant(settings | changes))
 
 
 def test_run_holds_what_was_promised(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:

@@ -70,6 +70,40 @@ def test_fault_names_the_field(field, value):
     assert field in fault(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gradient": "zeroth_order", "learning_rate": 4e-3}, "Zeroth-order steps have zo_learning_rate"),
+        ({"gradient": "zeroth_order", "max_grad_norm": 2}, "Set gradient to backprop or mixed, or leave max_grad_norm out"),
+        ({"method": "scales", "weight_bits": 8, "learning_rate": 4e-3}, "scales have scale_learning_rate"),
+        ({"method": "scales", "weight_bits": 8, "weight_decay": 0.1}, "weight_decay"),
+        ({"method": "scales", "weight_bits": 8, "rank": 8}, "rank"),
+        ({"method": "token", "lora_targets": ["to_q"]}, "lora_targets"),
+        ({"method": "scales", "weight_bits": 8, "scale_inputs": False, "scale_in_learning_rate": 1}, "scale_in_learning_rate"),
+        ({"method": "scales", "weight_bits": 8, "gradient": "zeroth_order", "scale_learning_rate": 1}, "scale_learning_rate"),
+        ({"method": "token", "gradient": "mixed", "subspace_steps": 4}, "subspace_steps"),
+        ({"gradient": "zeroth_order", "zo_optimizer": "adam", "weight_decay": 0.1}, "weight_decay"),
+        ({"class_images": 4}, "Set class_prompt, or leave class_images out"),
+        ({"prior_loss_weight": 0.5}, "class_prompt"),
+        ({"weighting_scheme": "none", "logit_mean": 0.5}, "logit_mean"),
+        ({"mode_scale": 1.0}, "weighting_scheme to mode"),
+    ],
+)
+def test_fields_without_effect_are_refused(values, words):
+    message = fault(**values)
+    assert "has no effect while" in message and words in message
+    kept = Recipe.relevant({"instance_prompt": PROMPT} | values)
+    assert len(kept) == len(values)  # all but the last
+    assert Recipe.create(**kept)
+
+
+def test_a_change_is_validated_and_keeps_what_was_given():
+    recipe = Recipe.create(instance_prompt=PROMPT, rank=4)
+    assert recipe.changed(steps=9).model_fields_set == {"instance_prompt", "rank", "steps"}
+    with pytest.raises(RecipeError, match="steps"):
+        recipe.changed(steps=0)
+
+
 def test_all_faults_are_named_at_once():
     message = fault(steps=0, rank=0)
     assert "steps" in message

@@ -10,16 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pocketune.errors import PlanError
-from pocketune.gradients.base import Estimate, Loss
 from pocketune.sampling.directions import Directions, Probing
 
+Loss = Callable[[], Tensor]
+"""Computes the loss of a step, a scalar, with the parameters as they are; equal every time it is called within the step."""
 Direction = Callable[[str], Tensor]
 """Of each parameter by name: standard normal numbers in its shape."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A loss and its gradient, which comes one parameter at a time so that not all of it need exist at once.
+
+    Attributes:
+        loss: at the parameters before the update.
+        gradient: called with a parameter's name; shaped like the parameter, or None where the loss did not use it.
+    """
+
+    loss: float
+    gradient: Callable[[str], Tensor | None]
 
 
 class ZerothOrder:

@@ -122,8 +122,12 @@ class Family:
         Raises:
             RecipeError: the recipe asks for what the architecture's loss does not have.
         """
-        missing = {name: value for name, value in self.recipe_defaults.items() if name not in recipe.model_fields_set}
-        completed = recipe.model_copy(update=missing)
+        missing = {
+            name: value
+            for name, value in self.recipe_defaults.items()
+            if name not in recipe.model_fields_set and not recipe.why_without_effect(name)
+        }
+        completed = recipe.changed(**missing)
         if not self.flow_matching and completed.precondition_outputs:
             msg = f"precondition_outputs is of rectified flow; {self.title} predicts noise. Leave it out, or set it to false."
             raise RecipeError(msg)
