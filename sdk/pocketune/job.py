@@ -32,7 +32,7 @@ from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
-from pocketune.runfolder import run_folder
+from pocketune.runfolder import JOB_FILE, run_folder
 from pocketune.sample import default_device
 from pocketune.sampling.draws import Kind, refresh_periods
 from pocketune.watch import Watch
@@ -113,7 +113,7 @@ def personalize(
         except (Interrupted, KeyboardInterrupt) as error:
             if guard.tripped is None:
                 raise
-            raise exceeded(guard, plan, watch.current) from error
+            raise exceeded(guard, plan, watch.current, kept=(run / JOB_FILE).is_file()) from error
 
 
 def _run(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pocketune.allocator import return_freed_memory
+from pocketune.errors import PlanError
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.tuning import find_result, method_of
 from pocketune.weights.fill import Residence
@@ -46,9 +47,12 @@ def generate(
 
     Raises:
         ModelError: the model cannot be loaded.
+        PlanError: the model cannot work at the resolution.
         FileFormatError: there is no LoRA at `lora`, or it does not fit the model.
     """
     folder = open_model(model)
+    side = resolution or folder.native_resolution
+    check_side(folder, side)
     place = torch.device(device or default_device())
     path = find_result(lora) if lora is not None else None
     if streamed:
@@ -57,7 +61,7 @@ def generate(
         dtype=torch.float32 if place.type == "cpu" else torch.float16,
         device=place,
         weights=Residence(streamed=streamed),
-        latent_side=(resolution or folder.native_resolution) // folder.vae_scale,
+        latent_side=side // folder.vae_scale,
     )
     if path is not None:
         method_of(path).apply(pipeline, path, folder)
@@ -68,10 +72,27 @@ def generate(
         seeds=list(seeds) if seeds is not None else list(range(len(prompts))),
         steps=steps,
         guidance=folder.family.guidance if guidance is None else guidance,
-        resolution=resolution,
+        resolution=side,
         batch=1 if streamed else BATCH,
         on_image=on_image,
     )
+
+
+def check_side(folder: ModelFolder, resolution: int) -> None:
+    """Refuse a resolution that the model cannot work at.
+
+    Raises:
+        PlanError: it is no multiple of the model's unit, or beyond its table of positions.
+    """
+    unit, largest = folder.resolution_unit, folder.largest_resolution
+    if resolution % unit or resolution > (largest or resolution):
+        nearest = max(unit, round(resolution / unit) * unit)
+        nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
+        msg = (
+            f"resolution {resolution} does not fit {folder.name}: expected a multiple of {unit}{bound}. "
+            f"Try --resolution {nearest}."
+        )
+        raise PlanError(msg)
 
 
 def run_pipeline(

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketune import scratch
+from pocketune.errors import FileFormatError
 from pocketune.methods.lora import add_lora
+from pocketune.methods.scales import load_scales
 from pocketune.methods.token import TokenMethod
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder, open_model
@@ -271,6 +273,15 @@ def test_a_tuned_word_is_the_same(tiny_model: ModelFolder, tmp_path: Path) -> No
             found.append(tiny_model.family.encode(pipeline, "a photo of sks toy", device=CPU, length=77).hidden)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
     assert not torch.equal(found[0], found[1])
+
+
+def test_scales_need_weights_in_memory(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    path = tmp_path / "scales.safetensors"
+    metadata = {"bits": "8", "intervals": "1", "quantizer": "minmax"}
+    save_file({"x.scales.0.s_out": torch.ones(1)}, path, metadata=metadata)
+    model = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, weights=STREAMED).model
+    with pytest.raises(FileFormatError, match="without --streamed"):
+        load_scales(model, path, tiny_model)
 
 
 def test_the_parts_of_a_streamed_pipeline_share_one_buffer(tiny_model: ModelFolder) -> None:

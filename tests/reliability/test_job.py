@@ -1,5 +1,7 @@
 """The whole job on the tiny model: what a person gets, resume, repeatability, and what bad input leaves behind."""
 
+import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -11,6 +13,8 @@ from safetensors.torch import load_file
 import pocketune.train
 from pocketune import Progress, Recipe, personalize
 from pocketune.errors import Interrupted, ModelError, PhotoError, PlanError, RecipeError, RunError
+from pocketune.models.load import open_model
+from pocketune.sample import generate
 from pocketune.tuning import METHODS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
@@ -169,6 +173,21 @@ def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tm
         with pytest.raises(error):
             personalize(photos, model=model, recipe=quick_recipe(**changes), out=out)
         assert not out.exists(), (error, photos, changes)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("missing", ["scheduler", "text_encoder"])
+def test_an_incomplete_model_or_an_impossible_size_is_said(
+    tiny_folder: Path, tmp_path: Path, missing: str, streamed: bool
+) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "pocket-sd3", copy_function=os.link))
+    for resolution in (100, 4096):
+        with pytest.raises(PlanError, match="multiple of 16 up to 128"):
+            generate(model, ["a toy"], resolution=resolution, streamed=streamed)
+    assert open_model(model).source == str(model), "it only bears the name of an embedded model"
+    shutil.rmtree(model / missing)
+    with pytest.raises(ModelError, match="cannot load"):
+        generate(model, ["a toy"], streamed=streamed)
 
 
 def test_existing_run_and_wrong_resume_are_refused(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:

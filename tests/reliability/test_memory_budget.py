@@ -1,11 +1,13 @@
 """A job with a memory budget: planned beforehand, predicted beside measured, stopped with a checkpoint rather than killed."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pocketune import guard, personalize
 from pocketune.budget.planning import plan_memory
+from pocketune.budget.search import MemoryPlan
 from pocketune.errors import BudgetError, PlanError, RunError
 from pocketune.phases import budget as budgeting
 from pocketune.progress import Progress
@@ -70,6 +72,11 @@ def test_stopped_near_the_budget_and_resumed_with_a_larger_one(
                 memory_budget="20GiB",
                 on_progress=follow,
             )
+    plan = json.loads((tmp_path / "run" / budgeting.PLAN_FILE).read_text())
+    told = [
+        str(budgeting.exceeded(Leak(1), MemoryPlan.from_dict(recipe, plan), "training", kept=kept)) for kept in (True, False)
+    ]
+    assert "add --resume" in told[0] and "--resume" not in told[1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003.safetensors"]
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run", memory_budget="30GiB", resume=True)
     assert (tmp_path / "run" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()

@@ -1,6 +1,7 @@
 """Memory plans: ledgers add up, nothing is loaded for them, a larger budget never makes a worse plan, and refusals help."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -258,3 +259,11 @@ def test_a_control_group_below_the_budget_is_noticed(monkeypatch: pytest.MonkeyP
         "a control group limits this process to 512 MiB, which is less than the budget",
     )
     assert apart.within_limits(2**28) == (2**28, None)
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_planner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would say so with a traceback; the process that asked ends it."""
+    (tmp_path / "planner.py").write_text('import os, json; print(json.dumps({"group": os.getpgrp()}))')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(apart, "_PLANNER", "planner")
+    assert apart.ask_apart(asked(), apart.Question(model="x"))["group"] != os.getpgrp()

@@ -47,7 +47,8 @@ def ask_apart(recipe: Recipe, question: Question) -> dict[str, Any]:
     """
     asked = {"recipe": recipe.model_dump(mode="json", exclude_unset=True), "question": asdict(question)}
     command = [sys.executable, "-m", _PLANNER]
-    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=False)
+    # In a group of its own, so that Ctrl-C in a terminal ends it from here alone, without a word of its own.
+    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=False, process_group=0)
     lines = done.stdout.splitlines()
     if done.returncode == -signal.SIGKILL:
         msg = "planning was killed, most likely for want of memory: it takes some 600 MB for a moment. Raise the limit."

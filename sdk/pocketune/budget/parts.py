@@ -18,7 +18,7 @@ from pocketune.budget.training import BUFFER, heap
 from pocketune.models.base import denoise
 from pocketune.models.encoders import use_tiles
 from pocketune.models.load import ModelFolder
-from pocketune.models.quiet import building
+from pocketune.models.quiet import building, loading
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sample import BATCH
@@ -177,7 +177,7 @@ def _pass(run: Callable[[], Any]) -> LiveBytes:
 
 def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streamed: bool) -> tuple[nn.Module, int]:
     kind = getattr(transformers, folder.index[part][1])
-    with building(), init_empty_weights():
+    with loading(folder.name), init_empty_weights():
         encoder: nn.Module = kind(kind.config_class.from_pretrained(folder.path / part))
     retype(encoder.eval(), dtype)
     if not streamed:

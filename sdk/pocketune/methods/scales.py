@@ -33,6 +33,7 @@ from pocketune.step import Batch
 from pocketune.weights.layers import PackedConv2d, PackedLayer, Scales, Selected
 from pocketune.weights.quantizers import QUANTIZERS, Quantization, pack_layers
 from pocketune.weights.store import WeightStore
+from pocketune.weights.stream import StreamedLinear
 
 
 class ScalesMethod:
@@ -118,7 +119,7 @@ def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
         folder: of the model; codes are made from its own numbers, whatever the type that the model was loaded in.
 
     Raises:
-        FileFormatError: as of `ScalesMethod.apply`.
+        FileFormatError: as of `ScalesMethod.apply`, or the denoiser's weights are on disk.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -130,6 +131,9 @@ def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
         raise FileFormatError(msg) from error
     if bits not in (4, 8) or quantizer not in QUANTIZERS or not 1 <= intervals <= TIMESTEPS:
         msg = f"{path} asks for {bits} bits by {quantizer}, {intervals} intervals. Use the version of pocketune that wrote it."
+        raise FileFormatError(msg)
+    if any(isinstance(module, StreamedLinear) for module in model.modules()):
+        msg = f"{path} holds scales of packed weights, which lie in memory. Sample without --streamed."
         raise FileFormatError(msg)
     parameter = next(model.parameters())
     quantization = Quantization(bits, quantizer)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from pocketune.models.quiet import building
+from pocketune.models.quiet import building, loading
 from pocketune.weights.files import weight_files
 from pocketune.weights.fill import fill
 from pocketune.weights.store import WeightStore
@@ -36,7 +36,7 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
         ModelError: weights are missing or damaged.
     """
     model = getattr(transformers, kind)
-    with building(), init_empty_weights():
+    with loading(str(folder)), init_empty_weights():
         encoder = model(model.config_class.from_pretrained(folder))
     store = WeightStore(weight_files(folder, name=kind))
     names = stored_names(store, text_encoder_names(encoder))

@@ -18,7 +18,7 @@ from pocketune.models.empty import empty_denoiser
 from pocketune.models.encoders import streamed_text_encoder, streamed_vae, use_tiles
 from pocketune.models.hub import download
 from pocketune.models.positions import crop_table
-from pocketune.models.quiet import building, quiet_libraries
+from pocketune.models.quiet import loading, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
 from pocketune.weights.files import plain_weights, weight_files, weights_digest
 from pocketune.weights.fill import RESIDENT, Residence, fill
@@ -35,15 +35,15 @@ BUILT_IN = tuple(sorted(path.parent.name for path in _WEIGHTS.glob("*/model_inde
 class ModelFolder:
     """A diffusers pipeline folder: what it holds, and loaders for each part."""
 
-    def __init__(self, name: str, path: Path) -> None:
-        """Read the folder's index; no weights are loaded.
+    def __init__(self, name: str, path: Path, *, source: str | None = None) -> None:
+        """Read the folder's index; no weights are loaded. source: what finds the model again; default: the path.
 
         Raises:
             ModelError: the folder is no diffusers pipeline, or its denoiser has no adapter here.
         """
         self.name = name
         self.path = path
-        self.source = name if name in BUILT_IN or "/" in name else str(path.resolve())
+        self.source = source or str(path.resolve())
         self.index = _read_json(path / "model_index.json", f"{path} is not a diffusers model folder")
         component = "transformer" if self.has("transformer") else "unet"
         self.denoiser_kind = str((self.index.get(component) or [None, "none"])[1])
@@ -128,7 +128,7 @@ class ModelFolder:
 
     def scheduler(self) -> Any:
         """The noise schedule that trains."""
-        with quiet_libraries():  # a sampler's configuration has entries that it does not know
+        with loading(self.name):  # quietly: a sampler's configuration has entries that it does not know
             return self.family.noise.from_pretrained(self.path, subfolder="scheduler")
 
     def empty_denoiser(self) -> DenoiserAdapter:
@@ -185,31 +185,19 @@ class ModelFolder:
         adapter.model.requires_grad_(False).eval()
         return adapter
 
-    def load_vae(
-        self,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device,
-        weights: Residence = RESIDENT,
-        tile: int | None = None,
-        tiles: Tiles | None = None,
-    ) -> Any:
-        """The VAE, frozen.
+    def load_vae(self, *, device: torch.device, weights: Residence = RESIDENT, tile: int | None = None) -> Any:
+        """The VAE in float32, frozen.
 
         Args:
-            dtype: of its weights and of the arithmetic.
             device: where it runs.
             weights: whether they are held in memory; they are never packed.
             tile: side in pixels of the overlapping tiles in which it works, which changes results a little; default: none.
-            tiles: the buffer of streamed weights; default: one of its own.
         """
         if weights.streamed:
-            vae = streamed_vae(
-                self.path / "vae", self.family.vae, self.vae_config, dtype=dtype, device=device, tiles=tiles or Tiles()
-            )
+            vae = self._streamed_vae(torch.float32, device, Tiles())
         else:
-            with building():
-                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=dtype).to(device)
+            with loading(self.name):
+                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
         if tile:
             use_tiles(vae, tile, scale=self.vae_scale)
         return vae.requires_grad_(False).eval()
@@ -224,18 +212,17 @@ class ModelFolder:
         tile: int | None = None,
     ) -> Any:
         """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`."""
-        if not weights.streamed:
-            with building():
-                pipeline = self.family.pipeline.from_pretrained(self.path, dtype=dtype, **self._absent_parts()).to(device)
-            if tile is not None:
-                use_tiles(pipeline.vae, tile, scale=self.vae_scale)
-            return pipeline
-        tiles = Tiles()  # one for all parts, which run one after the other
-        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles).model
-        vae = self.load_vae(dtype=dtype, device=device, weights=weights, tile=tile, tiles=tiles)
-        parts = {self.family.component: denoiser, "vae": vae} | self._streamed_encoders(dtype, device, tiles)
-        with building():
-            return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())
+        parts: dict[str, Any] = {}
+        if weights.streamed:
+            tiles = Tiles()  # one for all parts, which run one after the other
+            denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
+            parts = {self.family.component: denoiser.model, "vae": self._streamed_vae(dtype, device, tiles)}
+            parts |= self._streamed_encoders(dtype, device, tiles)
+        with loading(self.name):
+            pipeline = self.family.pipeline.from_pretrained(self.path, dtype=dtype, **parts, **self._absent_parts())
+        if tile is not None:
+            use_tiles(pipeline.vae, tile, scale=self.vae_scale)
+        return pipeline if weights.streamed else pipeline.to(device)
 
     @torch.no_grad()
     def encode_prompts(
@@ -256,11 +243,15 @@ class ModelFolder:
         parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
         if weights.streamed:
             parts |= self._streamed_encoders(torch.float32, device, Tiles())
-        with building():
+        with loading(self.name):
             pipeline = self.family.pipeline.from_pretrained(self.path, dtype=torch.float32, **parts, **self._absent_parts())
         for part in () if weights.streamed else filter(self.has, self.family.text_encoders):
             getattr(pipeline, part).to(device)
         return pipeline
+
+    def _streamed_vae(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> Any:
+        kind, config = self.family.vae, self.vae_config
+        return streamed_vae(self.path / "vae", kind, config, dtype=dtype, device=device, tiles=tiles)
 
     def _streamed_encoders(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> dict[str, Any]:
         return {
@@ -288,14 +279,14 @@ def open_model(model: str | Path) -> ModelFolder:
     """
     name = str(model)
     if name in BUILT_IN:
-        return ModelFolder(name, _WEIGHTS / name)
+        return ModelFolder(name, _WEIGHTS / name, source=name)
     path = Path(name)
     if path.exists():
         return ModelFolder(path.name, path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):  # no hub id either
         msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id (owner/name)."
         raise ModelError(msg)
-    return ModelFolder(name, download(name))
+    return ModelFolder(name, download(name), source=name)
 
 
 def _read_json(path: Path, complaint: str) -> dict[str, Any]:

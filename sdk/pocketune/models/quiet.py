@@ -9,6 +9,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from pocketune.errors import ModelError, first_line
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -35,3 +37,18 @@ def building() -> Iterator[None]:
     """
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         yield
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """As `building`, where either library reads files of a model, whose name is for the message.
+
+    Raises:
+        ModelError: they could not be read.
+    """
+    try:
+        with building():
+            yield
+    except (OSError, ValueError) as error:
+        msg = f"cannot load {name}: {first_line(error)}. Expected a whole folder as diffusers writes it; download it again."
+        raise ModelError(msg) from error

@@ -88,13 +88,14 @@ def guard_of(plan: MemoryPlan, device: torch.device) -> Guard:
     return Guard(plan.budget_bytes or 0, device_budget_bytes=plan.device_budget_bytes, device_bytes=used)
 
 
-def exceeded(guard: Guard, plan: MemoryPlan, phase: str) -> BudgetError:
-    """What to tell about a job that was stopped."""
+def exceeded(guard: Guard, plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
+    """What to tell about a job that was stopped; kept: whether RUN is there to go on with."""
     rss = readable(guard.tripped.rss_bytes) if guard.tripped else "?"
+    again = "What was done is kept: add --resume and" if kept else "Nothing was done that could be kept: start again with"
     msg = (
         f"memory reached {rss} in the phase {phase}, which is close to the budget of {readable(plan.budget_bytes or 0)} "
-        f"(predicted: {readable(plan.ledger.peak_bytes())}). What was done is kept: add --resume and a larger --memory-budget, "
-        "or start anew with a lower resolution."
+        f"(predicted: {readable(plan.ledger.peak_bytes())}). {again} a larger --memory-budget, or start anew with a lower "
+        "resolution."
     )
     return BudgetError(msg)
 

@@ -9,19 +9,13 @@ from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.select import SELECTION_FILE, selection_of
 from pocketune.plan.skipping import plan_for
+from pocketune.sample import check_side
 
 
 def check_resolution(job: Job) -> None:
     """Refuse a resolution that the model cannot work at, and patches that do not fit it."""
-    unit, largest = job.folder.resolution_unit, job.folder.largest_resolution
-    if job.resolution % unit or job.resolution > (largest or job.resolution):
-        nearest = max(unit, round(job.resolution / unit) * unit)
-        nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
-        msg = (
-            f"resolution {job.resolution} does not fit {job.folder.name}: expected a multiple of {unit}{bound}. "
-            f"Try --resolution {nearest}."
-        )
-        raise PlanError(msg)
+    check_side(job.folder, job.resolution)
+    unit = job.folder.resolution_unit
     _ = job.patches
     if job.recipe.gradient == "mixed" and (job.low_resolution % unit or job.low_resolution >= job.patches.smallest):
         msg = (
