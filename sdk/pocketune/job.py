@@ -163,7 +163,7 @@ def _run(
             seconds=dict(job.watch.seconds),
             photos=tuple(photo.name for photo in pictures),
             samples=pairs,
-            check=CheckResult(nonzero=any(norms.values()), loads=True, image_change=change, norms=norms),
+            check=CheckResult(image_change=change, norms=norms),
             versions={name: version(name) for name in _LIBRARIES},
             started=started,
             prediction=None if memory_plan is None else predicted(memory_plan),

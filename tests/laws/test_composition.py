@@ -110,7 +110,7 @@ def test_what_makes_sense_trains_together(
         toy_photos, model=tiny_pipelines(name).path, recipe=quick_recipe(**zo_defaults(changes)), out=tmp_path / "run"
     )
     assert len(record.losses) == 3 and np.isfinite(record.losses).all()
-    assert record.check.passed
+    assert record.check.image_change > 0
 
 
 def zo_defaults(changes: dict[str, Any]) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_scales_personalize_sample_by_timestep_and_are_known(
     prompt = "a photo of sks toy"
     recipe = Recipe.create(instance_prompt=prompt, steps=4, sample_steps=2, sample_prompts=(prompt,), **changes)
     record = personalize(toy_photos, model=model, recipe=recipe, out=tmp_path / "run")
-    assert record.check.nonzero and record.check.image_change > 0
+    assert any(record.check.norms.values()) and record.check.image_change > 0
 
     path = tmp_path / "run" / "scales" / "pocketune_scales.safetensors"
     found = inspect(path)

@@ -118,7 +118,7 @@ def test_zeroth_order_textual_inversion_personalizes_and_resumes(tiny_folder: Pa
     """Over packed weights, with a subspace found on the way; interrupted and resumed it gives the same bytes."""
     asked = recipe(**ZOODIP)
     record = personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "whole")
-    assert record.check.nonzero and record.check.image_change > 0
+    assert any(record.check.norms.values()) and record.check.image_change > 0
     path = tmp_path / "whole" / "token" / "learned_embeds.safetensors"
     assert path.stat().st_size < 2000
     assert {name: value.shape for name, value in load_file(path).items()} == {

@@ -47,7 +47,7 @@ def test_personalize(tiny_pipelines: Callable[[str], ModelFolder], toy_photos: P
     record = personalize(toy_photos, model=model.path, recipe=recipe, out=tmp_path / "run")
     assert torch.equal(before, torch.get_rng_state())
     assert len(record.losses) == 3 and np.isfinite(record.losses).all()
-    assert record.check.nonzero and record.check.loads and record.check.image_change > 0
+    assert any(record.check.norms.values()) and record.check.image_change > 0
     assert record.model_kind == model.denoiser_kind
     assert record.plan["feature_cache_bytes"] > 0
     assert record.plan["resolution"] == (32 if name in PATCHES else 64)

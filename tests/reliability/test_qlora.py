@@ -18,7 +18,7 @@ def test_qlora_trains_over_packed_weights_and_samples(bits: int, tiny_folder: Pa
 
     recipe = quick_recipe(weight_bits=bits)
     record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run")
-    assert record.check.nonzero and record.check.loads and record.check.image_change > 0
+    assert any(record.check.norms.values()) and record.check.image_change > 0
 
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_folder, text_encoder_3=None, tokenizer_3=None)
     pipeline.load_lora_weights(tmp_path / "run" / "lora")

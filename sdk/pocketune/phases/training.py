@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pocketune.checkpoint import CheckpointFolder
+from pocketune.errors import NoEffectError
 from pocketune.features.cache import FeatureCache
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
@@ -24,7 +25,11 @@ def train_and_save(
     *,
     stop: int,
 ) -> tuple[tuple[float, ...], dict[str, float]]:
-    """Train to a step, and save the result; the losses so far and how far each trained tensor has come."""
+    """Train to a step, and save the result; the losses so far and how far each trained tensor has come.
+
+    Raises:
+        NoEffectError: training is over and changed nothing.
+    """
     with job.watch.phase("training"):
         adapter = job.denoiser(plan.kept)
         tuned = job.method.attach(adapter, plan=plan, recipe=job.recipe, folder=job.folder)
@@ -42,6 +47,10 @@ def train_and_save(
             on_step=lambda done, total, loss: job.watch.tell("training", done, total, "step", loss),
             stop=stop,
         )
+        change = job.method.change(tuned)
         if stop == job.recipe.steps:
+            if not any(change.values()):
+                msg = f"training changed none of {len(change)} tensors. Check the learning rate and the number of steps."
+                raise NoEffectError(msg)
             job.method.save(adapter, tuned, job.run / job.method.result, recipe=job.recipe)
-        return losses, job.method.change(tuned)
+        return losses, change
