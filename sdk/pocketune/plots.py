@@ -29,7 +29,6 @@ PHASE_COLOURS = {
     "features": "#eda035",
     "training": "#6d6af0",
     "samples": "#e5637f",
-    "check": "#8b93a1",
 }
 _OTHER_COLOURS = ("#4f9cf0", "#2bb3a3", "#eda035", "#c66bd6", "#8fae3d", "#e5637f")
 _INK = "#010203"  # stands for the page's text colour until the SVG is written

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -37,7 +37,6 @@ def packed_copy(
     bits: int,
     fingerprint: str,
     folder: Path | None = None,
-    on_weight: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The packed copy of some weights, made if it is not there yet; all other weights are in it as they were.
 
@@ -49,7 +48,6 @@ def packed_copy(
         bits: 4, in groups of `GROUP`, or 8, by row.
         fingerprint: of the model; another one is another copy.
         folder: where it is kept; default: `cache_folder()`.
-        on_weight: called with (done, total) weights.
 
     Raises:
         RunError: the disk is full or the folder cannot be written.
@@ -64,15 +62,13 @@ def packed_copy(
     header = _header(store, shapes, bits=bits, group=group)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for done, name in enumerate(sorted(store.names)):
+        for name in sorted(store.names):
             if name in shapes:
                 for part in _packed_parts(store, name, bits=bits, group=group):
                     file.write(_bytes(part))
             else:
                 for part in store.stored(name):
                     file.write(_bytes(part))
-            if on_weight is not None:
-                on_weight(done + 1, len(store.names))
     return path
 
 

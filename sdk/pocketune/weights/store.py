@@ -44,11 +44,6 @@ class WeightStore:
         return {name.removesuffix(CODES) for name in self._owner if not name.endswith((SCALES, ZEROS))}
 
     @property
-    def tensor_names(self) -> Collection[str]:
-        """Of all tensors as they are stored."""
-        return self._owner.keys()
-
-    @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.end - entry.start for file in self._files for entry in file.entries.values())
