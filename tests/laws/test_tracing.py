@@ -1,6 +1,7 @@
 """What is counted on the meta device is what lives while the same step runs on real tensors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import PhaseLedger
 from pocketune.budget.tracing import LiveBytes
-from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, OTHERS, Shapes, training_phase
+from pocketune.budget.training import ATTENTION, ENCODERS, FEED_FORWARD, GRADIENTS, OTHERS, Shapes, training_phase
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
@@ -37,14 +38,19 @@ class RealBytes(LiveBytes):
 
 def lived(model: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes = SHAPES) -> int:
     """The same figure of a real step."""
+    pipelines: list[Any] = []
+    texts = model.text_pipeline
     weights = Residence(streamed=recipe.weights == "streamed")
     adapter = model.load_denoiser(dtype=torch.float32, device=CPU, blocks=plan.kept, weights=weights, latent_side=shapes.side)
-    tuned = METHODS["lora"].attach(adapter, plan=plan, recipe=recipe, folder=model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "text_pipeline", lambda **given: pipelines.append(texts(**given)) or pipelines[-1])
+        tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
     batch = shaped_batch(model, adapter, plan, torch.randn, samples=1, side=shapes.side, tokens=shapes.tokens)
     if recipe.activations != "kept":
         forget_activations(adapter, recipe, new_optimizer(tuned.parameters, recipe), None)
     live = RealBytes()
-    live.hold([*adapter.model.parameters(), *adapter.model.buffers()], "model")
+    for one in (adapter.model, *(pipeline.text_encoder for pipeline in pipelines)):
+        live.hold([*one.parameters(), *one.buffers()], "model")
     prompt = [batch.prompt.hidden, batch.prompt.pooled]
     held = [batch.latents, batch.noise, batch.timesteps, batch.sigmas, batch.loss_weights, *prompt]
     held += [stream for streams in batch.features.values() for stream in streams]
@@ -52,7 +58,7 @@ def lived(model: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes = 
     live.begin()
     before = live.now_bytes
     with live:
-        torch.autograd.backward(loss_of(adapter, plan, recipe, batch))
+        torch.autograd.backward(loss_of(adapter, plan, recipe, tuned.inputs(batch)))
     return live.peak_bytes - before
 
 
@@ -73,6 +79,20 @@ def test_a_traced_step_of_a_streamed_unet_is_a_real_one(tmp_path: Path, monkeypa
     shapes = Shapes(side=32, tokens=20)  # activations are far larger than what a weight is read into on its way to the tile
     traced = activations(training_phase(model, recipe, plan, shapes, device=CPU))
     assert traced == pytest.approx(lived(model, recipe, plan, shapes) - stream.TILE_BYTES, rel=TRACED_BYTES)
+
+
+def test_a_traced_step_that_tunes_a_word_is_a_real_one(tmp_path: Path) -> None:
+    """Forward and backward through the text encoder too."""
+    model = open_model(str(build("sd15", tmp_path / "model")))
+    recipe = Recipe.create(instance_prompt="a photo of sks toy", method="token", resolution=64, steps=1)
+    plan = BlockPlan(model.block_count)
+    found = training_phase(model, recipe, plan, SHAPES, device=CPU)
+    assert activations(found) == pytest.approx(lived(model, recipe, plan), rel=TRACED_BYTES)
+    encoder = model.text_pipeline(device=CPU).text_encoder
+    held = sum(one.nbytes for one in (*encoder.parameters(), *encoder.buffers()))
+    assert found.item(ENCODERS) == pytest.approx(held, rel=TRACED_BYTES)  # in whole pages
+    smallest = training_phase(model, recipe.changed(weight_bits=8, gradient="zeroth_order"), plan, SHAPES, device=CPU)
+    assert smallest.item(ENCODERS) == held  # while they are loaded, before they are packed
 
 
 def test_names_are_given_and_taken_back() -> None:

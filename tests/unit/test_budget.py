@@ -77,6 +77,7 @@ def test_the_ladder_begins_with_the_recipe_and_every_step_is_a_valid_recipe() ->
         {"activations": "on_disk"},
         {"method": "scales", "weight_bits": 8},
         {"weight_bits": 4, "quantizer": "hqq"},
+        {"method": "token"},
     ):
         found = list(rungs(asked(**given)))
         assert found[0] == asked(**given)
@@ -211,9 +212,16 @@ def test_no_weights_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert planning.plan_memory(asked(weights=weights), apart.Question(model=str(tiny_folder), floor_bytes=FLOOR))
 
 
-def test_a_word_is_not_planned_for(ledgers: Ledgers) -> None:
-    with pytest.raises(PlanError, match="trains it without a --memory-budget"):
-        ledgers(asked(method="token"))
+def test_a_word_is_planned_for_with_its_text_encoders(tiny_model: ModelFolder) -> None:
+    ledgers = Ledgers(Setting(folder=tiny_model, device=CPU, floor_bytes=FLOOR))
+    assert text_tokens(tiny_model) == 20  # of its encoders, and not CLIP's usual 77
+    ledger = ledgers(asked(method="token"))
+    assert phase_of(ledger, "training").item(ENCODERS) >= phase_of(ledger, "text").item(ENCODERS) > 0
+    with pytest.raises(PlanError, match="largest item"):  # no blocks can be skipped then, and none are proposed
+        choose(asked(method="token"), ledgers, tiny_model, budget_bytes=FLOOR + 1)
+    published = Ledgers(Setting(folder=model_to_plan("sd15"), device=CPU, floor_bytes=FLOOR))
+    with pytest.raises(PlanError, match="only the denoiser's configuration of sd15"):
+        published(Recipe.create(instance_prompt="a photo of sks toy", method="token"))
 
 
 def test_published_configurations_say_what_they_leave_out() -> None:

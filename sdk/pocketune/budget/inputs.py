@@ -20,9 +20,12 @@ CLIP_TOKENS = 77
 
 
 def text_tokens(folder: ModelFolder) -> int:
-    """Tokens of an encoded prompt; Stable Diffusion 3 joins those of CLIP and T5."""
-    joined = folder.denoiser_kind == "SD3Transformer2DModel"
-    return folder.text_padding + (CLIP_TOKENS if joined else 0)
+    """Tokens of an encoded prompt: U-Nets take those of CLIP, and Stable Diffusion 3 joins those of T5."""
+    kind = folder.denoiser_kind
+    if kind not in ("SD3Transformer2DModel", "UNet2DConditionModel"):
+        return folder.text_padding
+    longest = folder.config("text_encoder").get("max_position_embeddings") if folder.has("text_encoder") else None
+    return min(CLIP_TOKENS, longest or CLIP_TOKENS) + (folder.text_padding if kind == "SD3Transformer2DModel" else 0)
 
 
 def latent_channels(folder: ModelFolder) -> int:

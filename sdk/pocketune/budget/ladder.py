@@ -1,7 +1,8 @@
 """Settings from fastest to cheapest. None of them changes what is asked for: what is learned, from what, and how long.
 
 Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers. Nor
-are packed weights streamed: they are packed by groups on disk and by rows in memory, which are other numbers.
+are packed weights streamed: they are packed by groups on disk and by rows in memory, which are other numbers. Where a word is
+tuned, weights stay in memory too.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _with(recipe: Recipe, step: dict[str, Any]) -> Recipe:
     if recipe.gradient == "zeroth_order":  # it has no backward, for which activations would be kept
         values.pop("activations", None)
         values.pop("optimizer_in_backward", None)
-    if recipe.weight_bits is not None:
+    if recipe.weight_bits is not None or recipe.method == "token":
         values.pop("weights", None)
     kept = values.get("activations")
     if kept is not None and _ACTIVATIONS.index(recipe.activations) > _ACTIVATIONS.index(kept):

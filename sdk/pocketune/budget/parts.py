@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
@@ -14,16 +13,17 @@ from pocketune.budget.inputs import CLIP_TOKENS, empty, latent_channels, shaped_
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, dtype_of, held_tensors, retype, stream_shapes
 from pocketune.budget.tracing import LiveBytes, fused_attention
-from pocketune.budget.training import BUFFER, heap
+from pocketune.budget.training import BUFFER, ENCODERS, heap
+from pocketune.budget.words import empty_text_encoder
 from pocketune.models.base import denoise
 from pocketune.models.encoders import use_tiles
 from pocketune.models.load import ModelFolder
-from pocketune.models.quiet import building, loading
+from pocketune.models.quiet import building
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sample import BATCH
 
-ENCODERS, VAE, DENOISER = "text encoders", "autoencoder", "denoiser"
+VAE, DENOISER = "autoencoder", "denoiser"
 ACTIVATIONS = "activations"
 PROMPTS = 4
 """Of the images before and after, where the recipe names none."""
@@ -176,10 +176,7 @@ def _pass(run: Callable[[], Any]) -> LiveBytes:
 
 
 def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streamed: bool) -> tuple[nn.Module, int]:
-    kind = getattr(transformers, folder.index[part][1])
-    with loading(folder.name), init_empty_weights():
-        encoder: nn.Module = kind(kind.config_class.from_pretrained(folder.path / part))
-    retype(encoder.eval(), dtype)
+    encoder = empty_text_encoder(folder, part, dtype=dtype)
     if not streamed:
         return encoder, 0
     tiles = stream_shapes(encoder, dtype=dtype)

@@ -230,26 +230,26 @@ def _refusal(
     floor = ledger.phases[0].items[0].bytes
     if short_of_host and floor >= budget:
         return f"{msg} Interpreter and libraries alone take {readable(floor)}. Give at least {readable(need)}."
-    for option, candidate in _proposals(cheapest, folder):
+    for option, changed in _proposals(cheapest, folder):
         try:
-            found = measure(candidate)
-        except PocketuneError:  # a change that the model does not take
+            found = measure(cheapest.changed(**changed))
+        except PocketuneError:  # a change that the model or the method does not take
             continue
         if fits(found, budget, device_budget):
             return f"{msg} Try {option} ({readable(needs(found))})."
     return f"{msg} No smaller resolution, skipped blocks or rank would fit either. Give at least {readable(need)}."
 
 
-def _proposals(recipe: Recipe, folder: ModelFolder) -> Iterator[tuple[str, Recipe]]:
+def _proposals(recipe: Recipe, folder: ModelFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes that alter what is learned, for a person to make: the mildest first."""
     unit, native = folder.resolution_unit, recipe.resolution or folder.native_resolution
     sides = [side for share in (0.75, 0.5, 0.25) if unit <= (side := int(native * share) // unit * unit) < native]
     if recipe.rank > _LOW_RANK and recipe.method == "lora":
-        yield f"--rank {_LOW_RANK}", recipe.changed(rank=_LOW_RANK)
+        yield f"--rank {_LOW_RANK}", {"rank": _LOW_RANK}
     if recipe.patches == "none":
         for side in sides:
-            yield f"--resolution {side}", recipe.changed(resolution=side)
+            yield f"--resolution {side}", {"resolution": side}
     if recipe.skip == "none":
-        yield "--skip auto", recipe.changed(skip="auto")
+        yield "--skip auto", {"skip": "auto"}
         if recipe.patches == "none" and sides:
-            yield f"--skip auto --resolution {sides[-1]}", recipe.changed(skip="auto", resolution=sides[-1])
+            yield f"--skip auto --resolution {sides[-1]}", {"skip": "auto", "resolution": sides[-1]}

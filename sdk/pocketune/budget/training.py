@@ -17,6 +17,7 @@ from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, held_tensors
 from pocketune.budget.tracing import LiveBytes, ShapeScratch, fused_attention
+from pocketune.budget.words import ShapeFolder
 from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
@@ -32,7 +33,7 @@ from pocketune.tuning import METHODS
 ATTENTION, FEED_FORWARD, OTHERS = "attention activations", "feed-forward activations", "other activations"
 GRADIENTS = "gradients of activations"
 TRAINED, MOMENTS, WEIGHTS, INPUTS = "trained parameters", "optimizer moments", "frozen weights", "batch and features"
-BUFFER, HEAP = "streaming buffer", "heap"
+ENCODERS, BUFFER, HEAP = "text encoders", "streaming buffer", "heap"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,8 @@ def _steps(
     """All steps as one kind of them, at one size."""
     adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=shapes.only_side)
     weights = held_tensors(adapter.model)
-    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=folder)
+    texts = ShapeFolder(folder)
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=_packed_alike(recipe), folder=cast(ModelFolder, texts))
     scratch = ShapeScratch() if recipe.activations == "on_disk" and backprop else None
     trained = [parameter.to("meta") for parameter in tuned.parameters.values()]
     has_moments = recipe.gradient != "zeroth_order" or recipe.zo_optimizer == "adam"
@@ -115,7 +117,9 @@ def _steps(
     counted = len([one for one in weights if one.numel()])
     live.hold(weights, WEIGHTS)
     live.hold(trained, TRAINED)
-    live.hold(tuned.parameters.values(), TRAINED)
+    live.hold([*tuned.parameters.values(), *tuned.state.values()], TRAINED)
+    for encoder in texts.encoders:
+        live.hold(held_tensors(encoder), ENCODERS)
     live.hold(moments, MOMENTS)
     live.hold(_tensors(batch), INPUTS)
     if recipe.activations != "kept":
@@ -136,6 +140,7 @@ def _steps(
         WEIGHTS: f"{counted} tensors in {recipe.dtype}" + _residence(recipe),
         TRAINED: f"{count:,} x 4 B",
         MOMENTS: f"2 x {count:,} x 4 B",
+        ENCODERS: "float32" if recipe.weight_bits is None else f"packed to {recipe.weight_bits} bits",
         INPUTS: f"{shapes.samples} x latents, {shapes.tokens} tokens of text, features of {len(plan.skipped_spans)} spans",
         ATTENTION: _activations(recipe, plan, backprop=backprop),
         FEED_FORWARD: _activations(recipe, plan, backprop=backprop),
@@ -150,6 +155,10 @@ def _steps(
     ]
     if tiles is not None:
         items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
+    packing = sum(item.bytes for item in items if item.name == WEIGHTS) + texts.loaded_bytes
+    if packing > sum(item.bytes for item in items):
+        before = Item(name=ENCODERS, bytes=texts.loaded_bytes, formula="float32, before they are packed", place=place)
+        items = [*(item for item in items if item.name == WEIGHTS), before]
     forwards = len(Probing(queries=recipe.zo_queries, two_sided=recipe.zo_two_sided).points)
     passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else forwards)
     return PhaseLedger(
@@ -164,7 +173,7 @@ def _steps(
 
 def saving_phase(training: PhaseLedger) -> PhaseLedger:
     """What is in memory while a checkpoint and the result are written: all that training keeps between two steps."""
-    kept = (WEIGHTS, TRAINED, MOMENTS, INPUTS, BUFFER, HEAP)
+    kept = (WEIGHTS, TRAINED, MOMENTS, ENCODERS, INPUTS, BUFFER, HEAP)
     items = [item for item in training.items if item.name in kept]
     # The file is read back once to sort its header, so that equal results have equal bytes.
     copies = 2 * training.item(TRAINED)
@@ -198,6 +207,11 @@ def features_phase(
         flops=live.flops * -(-draws // shapes.samples),
         read_bytes=passes * stored_bytes(folder, BlockPlan(plan.block_count), recipe),
     )
+
+
+def _packed_alike(recipe: Recipe) -> Recipe:
+    """With the quantizer that can pack shapes; those of the other are the same."""
+    return recipe.changed(quantizer="minmax") if recipe.method == "token" else recipe
 
 
 def follow(live: LiveBytes, adapter: DenoiserAdapter) -> None:

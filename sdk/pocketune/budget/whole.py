@@ -16,7 +16,7 @@ from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.parts import PROMPTS, latents_phase, posteriors_item, samples_phase, text_phase
 from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_phase, stored_bytes, training_phase
-from pocketune.errors import ModelError, PlanError
+from pocketune.errors import ModelError
 from pocketune.features.precompute import predicted_bytes
 from pocketune.models.empty import PUBLISHED
 from pocketune.models.load import ModelFolder, open_model
@@ -110,15 +110,9 @@ class Ledgers:
         """The ledger of a personalization, without reading a weight.
 
         Raises:
-            PlanError: the recipe does not fit the model, or tunes a word, which is not planned for.
+            PlanError: the recipe does not fit the model.
             RecipeError: as of `Family.complete`.
         """
-        if recipe.method == "token":
-            msg = (
-                'memory is not planned for method = "token", which keeps text encoders beside the denoiser. `pocketune '
-                "personalize` trains it without a --memory-budget."
-            )
-            raise PlanError(msg)
         folder = self._setting.folder
         recipe = folder.family.complete(recipe)
         plan = block_plan(folder, recipe)

@@ -35,7 +35,7 @@ def plan(
     skip: SkipOption = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    method: Annotated[str | None, typer.Option(help="What is tuned: lora or scales.")] = None,
+    method: Annotated[str | None, typer.Option(help="What is tuned: lora, scales or token.")] = None,
     weights: Annotated[str | None, typer.Option(help="Frozen weights in memory or read from disk: resident, streamed.")] = None,
     weight_bits: Annotated[int | None, typer.Option(help="Pack the denoiser's weights to 8 or 4 bits.")] = None,
     activations: Annotated[str | None, typer.Option(help="What backward needs of a block: kept, recomputed, on_disk.")] = None,

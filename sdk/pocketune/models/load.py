@@ -218,8 +218,7 @@ class ModelFolder:
             denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
             parts = {self.family.component: denoiser.model, "vae": self._streamed_vae(dtype, device, tiles)}
             parts |= self._streamed_encoders(dtype, device, tiles)
-        with loading(self.name):
-            pipeline = self.family.pipeline.from_pretrained(self.path, dtype=dtype, **parts, **self._absent_parts())
+        pipeline = self.stock_pipeline(dtype=dtype, **parts)
         if tile is not None:
             use_tiles(pipeline.vae, tile, scale=self.vae_scale)
         return pipeline if weights.streamed else pipeline.to(device)
@@ -243,11 +242,15 @@ class ModelFolder:
         parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
         if weights.streamed:
             parts |= self._streamed_encoders(torch.float32, device, Tiles())
-        with loading(self.name):
-            pipeline = self.family.pipeline.from_pretrained(self.path, dtype=torch.float32, **parts, **self._absent_parts())
+        pipeline = self.stock_pipeline(dtype=torch.float32, **parts)
         for part in () if weights.streamed else filter(self.has, self.family.text_encoders):
             getattr(pipeline, part).to(device)
         return pipeline
+
+    def stock_pipeline(self, **parts: Any) -> Any:
+        """The stock pipeline with some parts that are there already, or None; the others are loaded."""
+        with loading(self.name):
+            return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())
 
     def _streamed_vae(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> Any:
         kind, config = self.family.vae, self.vae_config

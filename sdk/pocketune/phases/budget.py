@@ -15,7 +15,7 @@ from pocketune.budget.apart import Question, within_limits
 from pocketune.budget.planning import measured_floor, plan_apart
 from pocketune.budget.search import MemoryPlan
 from pocketune.budget.sizes import parse_size, readable
-from pocketune.errors import BudgetError, RunError
+from pocketune.errors import BudgetError, RecipeError, RunError
 from pocketune.guard import Guard
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
@@ -115,6 +115,6 @@ def predicted(plan: MemoryPlan) -> dict[str, Any]:
 def _kept_plan(path: Path, recipe: Recipe) -> MemoryPlan:
     try:
         return MemoryPlan.from_dict(recipe, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError) as error:
         msg = f"cannot read the plan {path} ({type(error).__name__}: {error}). Start again in a new RUN, without --resume."
         raise RunError(msg) from error

@@ -1,0 +1,58 @@
+"""What a method finds where it asks a model for its text encoders: encoders without values, beside the true tokenizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+
+from pocketune.budget.skeleton import held_tensors, retype
+from pocketune.errors import PlanError
+from pocketune.models.load import ModelFolder
+from pocketune.models.quiet import loading
+
+
+class ShapeFolder:
+    """Stands for a model's folder, and differs in the weights of its text encoders alone, which it does not read.
+
+    `encoders`: all that were asked for, as the method left them; `loaded_bytes`: of them before it changed anything.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        """Begin without encoders."""
+        self._folder = folder
+        self.encoders: list[nn.Module] = []
+        self.loaded_bytes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the folder's own."""
+        return getattr(self._folder, name)
+
+    def text_pipeline(self, *, device: torch.device) -> Any:  # noqa: ARG002 - shapes lie nowhere
+        """The stock pipeline with tokenizers, and text encoders on the meta device.
+
+        Raises:
+            PlanError: only the denoiser's configuration is here.
+        """
+        folder, family = self._folder, self._folder.family
+        if not folder.has("vae"):
+            msg = f"text encoders train, and only the denoiser's configuration of {folder.name} is here. Give a whole folder."
+            raise PlanError(msg)
+        made = {
+            part: empty_text_encoder(folder, part, dtype=torch.float32) for part in filter(folder.has, family.text_encoders)
+        }
+        self.encoders += made.values()
+        self.loaded_bytes = sum(one.nbytes for encoder in self.encoders for one in held_tensors(encoder))
+        return folder.stock_pipeline(vae=None, **{family.component: folder.empty_denoiser().model}, **made)
+
+
+def empty_text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype) -> nn.Module:
+    """A text encoder on the meta device."""
+    kind = getattr(transformers, folder.index[part][1])
+    with loading(folder.name), init_empty_weights():
+        encoder: nn.Module = kind(kind.config_class.from_pretrained(folder.path / part))
+    retype(encoder.eval(), dtype)
+    return encoder
