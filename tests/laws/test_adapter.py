@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from pocketune.errors import PlanError
-from pocketune.methods.lora import add_lora
+from pocketune.errors import PlanError, RecipeError
+from pocketune.methods.lora import add_lora, check_targets
 from pocketune.models.base import Prompt, denoise
+from pocketune.models.empty import published
+from pocketune.models.flux import ATTENTION_TARGETS
 from pocketune.models.load import ModelFolder
 
 CPU = torch.device("cpu")
@@ -63,3 +65,10 @@ def test_partial_load_holds_no_weights_of_other_blocks(tiny_model: ModelFolder) 
     latents, timesteps, prompt = _inputs()
     with pytest.raises(PlanError, match="removed block"):
         denoise(adapter, latents, timesteps, prompt)
+
+
+def test_a_lora_target_of_other_blocks_than_those_that_train_is_no_mistake() -> None:
+    flux = published("flux1-dev")
+    check_targets(flux, blocks=range(19, 47), targets=ATTENTION_TARGETS)  # single-stream blocks have none for text
+    with pytest.raises(RecipeError, match=r"attn\.to_Q"):
+        check_targets(flux, blocks=range(57), targets=(*ATTENTION_TARGETS, "attn.to_Q"))

@@ -59,14 +59,26 @@ def lora_layers(adapter: DenoiserAdapter, *, blocks: Sequence[int], targets: Seq
         RecipeError: no Linear of these blocks has one of the names that are asked for.
     """
     names = targets or adapter.default_lora_targets
-    wanted = {f"{adapter.block_name(index)}.{name}": name for index in blocks for name in names}
+    wanted = {f"{adapter.block_name(index)}.{name}" for index in blocks for name in names}
     present = [path for path, module in adapter.model.named_modules() if path in wanted and isinstance(module, nn.Linear)]
-    absent = sorted(set(targets or ()) - {wanted[path] for path in present})
-    if absent or not present:
-        missing = ", ".join(absent or names)
-        msg = f"no Linear named {missing} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
+    if not present:
+        asked = ", ".join(names)
+        msg = f"no Linear named {asked} in blocks {list(blocks)}. Leave lora_targets out to use the model's defaults."
         raise RecipeError(msg)
     return present
+
+
+def check_targets(adapter: DenoiserAdapter, *, blocks: Sequence[int], targets: Sequence[str] | None) -> None:
+    """Refuse a name that no block of the intact model has, and names of which these blocks have none.
+
+    Blocks differ: of FLUX.1 only the first have projections for text, so a name may be absent from those that train.
+
+    Raises:
+        RecipeError: as of `lora_layers`.
+    """
+    for name in targets or ():
+        lora_layers(adapter, blocks=range(adapter.block_count), targets=[name])
+    lora_layers(adapter, blocks=blocks, targets=targets)
 
 
 def start_values(parameters: Mapping[str, Tensor], *, rank: int, seed: int) -> dict[str, Tensor]:

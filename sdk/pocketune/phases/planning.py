@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocketune.errors import PlanError
-from pocketune.methods.lora import lora_layers
+from pocketune.methods.lora import check_targets
 from pocketune.models.base import SkipConnected
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
@@ -31,7 +31,7 @@ def plan_blocks(job: Job) -> BlockPlan:
     selection = selection_of(job.folder) if job.recipe.skip.startswith("auto") else None
     plan = plan_for(adapter, job.recipe.skip, use_residuals=job.recipe.use_residuals, selection=selection)
     if job.recipe.method == "lora":
-        lora_layers(adapter, blocks=plan.kept, targets=job.recipe.lora_targets)
+        check_targets(adapter, blocks=plan.kept, targets=job.recipe.lora_targets)
     if job.recipe.skip.startswith("auto") and not isinstance(adapter, SkipConnected):
         job.chosen_by = (
             f"masking text in this model ({SELECTION_FILE})"
