@@ -1,6 +1,7 @@
 """Fixtures: a tiny SD3 pipeline with random weights, in an ordinary diffusers folder."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from pocketune.pocket.scenes import random_scene, toy_identity
 from tests.tiny_models import build
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the tests and what they start: a shell's background job would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def _section(name: str, rows: Sequence[Row]) -> str:
     for row in rows:
         if row["mode"] == "export":
             lines += [
-                f"Exporting it as {row['weights'].replace(',', ', ')} at once took at most {_mb(row['peak_rss_bytes'])} MB; "
+                f"Exporting it as {row['weights'].replace(',', ', ')} took at most {_mb(row['peak_rss_bytes'])} MB; "
                 f"the denoiser's weights are {_mb(row['weight_bytes'])} MB.",
                 "",
             ]

@@ -131,9 +131,7 @@ def test_sizes_without_patches_are_refused() -> None:
         recipe(patches="resize", patch_max=128)
 
 
-def test_training_on_patches_resumes_and_samples_at_the_full_size(
-    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_training_on_patches_resumes_and_samples_at_the_full_size(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
     asked = quick_recipe(patches="dynamic", skip="0-1,5", checkpoint_every=100, class_prompt="a toy", class_images=1)
     record = personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "whole")
     assert record.plan["resolution"] == 32
@@ -147,8 +145,6 @@ def test_training_on_patches_resumes_and_samples_at_the_full_size(
         if event.phase == "training" and event.done == 2:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with pytest.raises(Interrupted, match="step 2 of 4"):
         personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "broken", on_progress=stop_at_two)
     personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "broken", resume=True)

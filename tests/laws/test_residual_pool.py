@@ -169,7 +169,7 @@ def test_refreshed_features_train_the_same_and_take_less_disk(tiny_folder: Path,
     ],
 )
 def test_stopped_across_a_refresh_equals_unbroken(
-    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest, phase: str, nth: int
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, phase: str, nth: int
 ) -> None:
     asked = quick_recipe(
         skip="0-1,5", steps=4, draws=1, refresh_every=2, cache_dtype="int8", patches="dynamic", checkpoint_every=100
@@ -185,8 +185,6 @@ def test_stopped_across_a_refresh_equals_unbroken(
             seen += 1
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     broken = tmp_path / "broken"
     with pytest.raises(Interrupted):
         personalize(toy_photos, model=tiny_folder, recipe=asked, out=broken, on_progress=stop)

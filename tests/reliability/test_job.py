@@ -76,7 +76,7 @@ def test_equal_seed_gives_equal_bytes_and_leaves_the_global_random_state(
     "changes", [{}, {"gradient": "zeroth_order", "zo_queries": 2}, {"gradient": "mixed", "mix_start": 0.7}, SCALES]
 )
 def test_interrupted_and_resumed_equals_unbroken(
-    tiny_folder: Path, toy_photos: Path, tmp_path: Path, request: pytest.FixtureRequest, changes: dict[str, object]
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     recipe = quick_recipe(skip="0-1,5", steps=5, checkpoint_every=100, **changes)
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "whole")
@@ -86,8 +86,6 @@ def test_interrupted_and_resumed_equals_unbroken(
             signal.raise_signal(signal.SIGINT)
 
     broken = tmp_path / "broken"
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with pytest.raises(Interrupted, match="step 3 of 5"):
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, on_progress=stop_at_three)
     record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=broken, resume=True)
@@ -105,7 +103,6 @@ def test_interrupted_inside_an_update_and_resumed_equals_unbroken(
     toy_photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
     changes: dict[str, object],
 ) -> None:
     """Parameters that moved belong to a step that counts: it is not taken again."""
@@ -120,8 +117,6 @@ def test_interrupted_inside_an_update_and_resumed_equals_unbroken(
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 2 of 3"):
         patched.setattr(owner, name, interrupted)
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken")

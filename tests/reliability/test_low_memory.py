@@ -31,7 +31,7 @@ def test_streamed_job_gives_equal_bytes(
 
 
 def test_interrupted_inside_backward_and_resumed_equals_unbroken(
-    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks are updated one by one; Ctrl-C between two of them must not leave half a step behind."""
     recipe = quick_recipe(steps=3, checkpoint_every=100, activations="recomputed", optimizer_in_backward=True)
@@ -44,8 +44,6 @@ def test_interrupted_inside_backward_and_resumed_equals_unbroken(
             signal.raise_signal(signal.SIGINT)
         return clip(parameters, largest)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 2 of 3"):
         patched.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
         personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "broken")
