@@ -34,7 +34,7 @@ def _lora(name: str, label: str, **changes: Any) -> Method:
 
 
 def _patches(name: str, label: str, patches: str = "dynamic", **changes: Any) -> Method:
-    # Of 128 pixels; at half of them the embedded models have four tokens a side left, which is too little to bind a subject.
+    # Of 128 pixels; half of them are four tokens a side, from which half of the blocks alone hardly learn a subject.
     return _lora(name, label, patches=patches, patch_min=96, **changes)
 
 
@@ -74,7 +74,7 @@ PACKED = tuple(
 )
 """Rows of TuneQDM: LoRA and scales over the same packed weights.
 
-The rates are the largest, of those tried on two subjects, at which prompts are still followed.
+The rates of scales lie between those tried on two subjects: 1e-2 learned little, and at 3e-2 prompts were followed less.
 """
 ZOODIP = Method(
     name="zoodip",

@@ -46,6 +46,11 @@ class CheckResult:
     image_change: float
     norms: dict[str, float]
 
+    @property
+    def moved(self) -> int:
+        """How many of the tensors do anything."""
+        return sum(norm > 0 for norm in self.norms.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:

@@ -46,7 +46,7 @@ def a_record(recipe: Recipe) -> RunRecord:
         seconds={"training": 61.0},
         photos=("a.jpg",),
         samples=(),
-        check=CheckResult(image_change=0.25, norms={"x": 1.0}),
+        check=CheckResult(image_change=0.25, norms={"x": 1.0, "y": 0.0}),
         versions={},
         started="2030-01-01T00:00:00+00:00",
     )
@@ -133,7 +133,7 @@ def test_options_not_given_leave_the_recipe_alone(job: FakeJob, tmp_path: Path) 
 def test_json_is_one_object_on_stdout(job: FakeJob) -> None:
     result = runner.invoke(cli.app, ["personalize", "a.jpg", *TOY, "--out", "run", "--json"])
     values = json.loads(result.stdout)
-    assert values["check"] == {"image_change": 0.25}
+    assert values["check"] == {"tensors": 2, "moved": 1, "image_change": 0.25}
     assert (values["steps"], values["last_loss"], values["report"]) == (2, 0.25, str(Path("run/report.html")))
     assert "training: 2/2 steps loss 0.5000 (500 MB)" in result.stderr
 

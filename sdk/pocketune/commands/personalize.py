@@ -93,7 +93,7 @@ def import_job(*, lean: bool) -> Callable[..., RunRecord]:
 
 def _summary(record: RunRecord, out: Path) -> dict[str, Any]:
     """What a program wants to know first; `run.json` holds the rest."""
-    values = record.to_json()
+    values, check = record.to_json(), record.check
     return {
         "run": str(out),
         record.recipe.method: str(out / _result(record)),
@@ -101,13 +101,13 @@ def _summary(record: RunRecord, out: Path) -> dict[str, Any]:
         "record": str(out / RECORD_FILE),
         "steps": len(record.losses),
         "last_loss": record.losses[-1] if record.losses else None,
-        "check": {"image_change": record.check.image_change},
+        "check": {"tensors": len(check.norms), "moved": check.moved, "image_change": check.image_change},
         **{name: values[name] for name in ("model", "model_note", "plan", "seconds", "prediction", "peaks", "samples")},
     }
 
 
 def _print_result(record: RunRecord, out: Path) -> None:
-    console = Console()
+    console, check = Console(), record.check
     peak = max((reading.rss_bytes for reading in record.peaks.values()), default=0)
     print_facts(
         console,
@@ -115,7 +115,8 @@ def _print_result(record: RunRecord, out: Path) -> None:
             record.recipe.method: str(out / _result(record)),
             "report": str(out / REPORT_FILE),
             "took": f"{duration(sum(record.seconds.values()))}, at most {megabytes(peak)} of memory",
-            "check": f"the result loads and changes the images by {100 * record.check.image_change:.1f} %",
+            "check": f"training moved {check.moved} of {len(check.norms)} tensors; the result loads and changes the images by "
+            f"{100 * check.image_change:.1f} %",
         },
     )
     if record.model_note:
