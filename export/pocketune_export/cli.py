@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from enum import StrEnum
@@ -122,7 +123,9 @@ def verify(
             opened = open_bundle(bundle, on_bytes=telling(display))
             found = compare(opened, model=model, steps=steps, mode=mode, seed=seed, on_step=tell)
     if as_json:
-        typer.echo(json.dumps(_comparison(found) | {"gradients": dict(found.gradients), "parameters": dict(found.parameters)}))
+        everything = {"gradients": found.gradients, "parameters": found.parameters}
+        differences = {kind: {name: _finite(value) for name, value in of.items()} for kind, of in everything.items()}
+        typer.echo(json.dumps(_comparison(found) | differences, allow_nan=False))
     elif not quiet:
         print_facts(Console(), _comparison(found))
     if not found.passed:
@@ -150,14 +153,19 @@ def _comparison(found: Verification) -> dict[str, Any]:
         "steps": found.steps,
         "tolerance": TOLERANCE,
         "parameter_tolerance": found.parameter_tolerance,
-        "loss_difference": found.loss,
+        "loss_difference": _finite(found.loss),
         "largest_gradient_difference": _named(found.gradients, found.worst_gradient),
         "largest_parameter_difference": _named(found.parameters, found.worst_parameter),
     }
 
 
 def _named(differences: Mapping[str, float], name: str | None) -> dict[str, Any] | None:
-    return None if name is None else {"name": name, "value": differences[name]}
+    return None if name is None else {"name": name, "value": _finite(differences[name])}
+
+
+def _finite(difference: float) -> float | None:
+    """What JSON can hold: null for a difference that is no number."""
+    return difference if math.isfinite(difference) else None
 
 
 if __name__ == "__main__":

@@ -118,3 +118,21 @@ def test_a_failed_verification_is_an_error(bundles: Mapping[str, Bundle], monkey
     assert result.exit_code == 2
     assert "a.lora_A" in result.stdout
     assert "does not train as PyTorch does" in result.stderr
+
+
+def test_a_difference_that_is_no_number_is_null_for_machines(
+    bundles: Mapping[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketune_export import verify
+
+    worse = verify.Verification("one graph", 1, math.inf, {"a.lora_A": math.inf}, {"a.lora_A": math.inf})
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: worse)
+    result = CliRunner().invoke(app, ["verify", str(bundles["fp32"].path), "--json"])
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    compared = json.loads(result.stdout, parse_constant=refuse)
+    assert compared["loss_difference"] is None
+    assert compared["gradients"] == {"a.lora_A": None}
+    assert compared["largest_parameter_difference"] == {"name": "a.lora_A", "value": None}
