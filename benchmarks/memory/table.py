@@ -40,7 +40,7 @@ def memory_table(rows: Sequence[Row]) -> str:
             _mb(row["peak_file_bytes"]),
             f"{row['cpu_s_per_step'][-1]:.1f}" if "cpu_s_per_step" in row else "-",
             _mb(row["spilled_bytes_per_step"]) if "spilled_bytes_per_step" in row else "-",
-            row["compared"] or "-",
+            (JOBS[name].compared if name in JOBS else row["compared"]) or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     comparisons = [line for name in order for line in _comparison(name, newest)]

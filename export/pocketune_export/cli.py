@@ -103,7 +103,7 @@ def verify(
     ] = None,
     steps: Annotated[int, typer.Option(help="AdamW steps to compare.", min=1, max=10_000)] = 20,
     streaming: Annotated[bool, typer.Option("--streaming", help="Run the bundle block by block.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.", min=0)] = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

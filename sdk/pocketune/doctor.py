@@ -117,8 +117,8 @@ def advise(report: MachineReport) -> tuple[str, ...]:
     if report.allocator == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in report.allocator_settings:
         lines.append(
             "glibc's allocator keeps much of the memory that training frees. A lower peak: preload jemalloc "
-            "(LD_PRELOAD=libjemalloc.so.2) or set MALLOC_MMAP_THRESHOLD_=131072; training with --weights streamed or without "
-            "kept activations does the latter by itself."
+            "(LD_PRELOAD=libjemalloc.so.2) or set MALLOC_MMAP_THRESHOLD_=131072; training with any setting that saves memory "
+            "does the latter by itself."
         )
     if report.cpu.usable_cores < report.cpu.logical_cores and not report.cuda:
         cores = max(1, int(report.cpu.usable_cores))

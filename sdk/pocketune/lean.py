@@ -11,7 +11,7 @@ _NAME = "scipy"
 
 @contextmanager
 def without_scipy() -> Iterator[None]:
-    """Let what is imported inside the block believe that scipy is not installed, which saves 60 to 90 MB.
+    """Let what is imported inside the block believe that scipy is not installed, which saves tens of MB.
 
     transformers and diffusers import scipy wherever they find it: for losses of object detection, the LMS schedule and beta
     sigmas. No training uses these, and a process that has imported the two in here does without them. Nothing happens where

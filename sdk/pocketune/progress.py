@@ -11,10 +11,10 @@ class Progress:
     """One event of a job.
 
     Attributes:
-        phase: what is going on: "plan", "photos", "text", "latents", "class images", "features", "training" or "samples".
+        phase: what is going on: such as "photos", "text", "latents", "class images", "features", "training" or "samples".
         done: finished units of `unit` in this phase.
         total: units in this phase; 0 where it is not known.
-        unit: what is counted, in the singular: "photo", "step", "sample", "image".
+        unit: what is counted, in the singular, such as "photo", "step" or "image".
         loss: mean training loss of the last step, in the training phase.
         rss_bytes: resident memory of the process now.
         note: something to tell a person once.

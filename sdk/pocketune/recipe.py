@@ -42,9 +42,10 @@ _RATES = {"learning_rate": "Zeroth-order steps have zo_learning_rate, scales hav
 
 
 class Recipe(BaseModel):
-    """What is asked. The defaults are those of diffusers' SD3 DreamBooth-LoRA script unless the field says otherwise.
+    """What is asked. Targets, optimizer, loss and timestep density default to those of diffusers' SD3 DreamBooth-LoRA script.
 
     For other architectures, fields that are not given take the defaults of their own script; the report shows what was used.
+    Steps, batch, class images and checkpoints have defaults of Pocketune's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

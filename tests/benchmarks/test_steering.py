@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pocketune.pocket.draw import render
-from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS, random_scene
+from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS, held_out_combinations, random_scene
 from pocketune.pocket.steering import measure_steering, steering_prompts, summarize
 
 torch.set_num_threads(1)
@@ -46,6 +46,12 @@ def test_prompts_are_seeded_distinct_and_name_everything():
         assert prompt.text.endswith(BACKGROUNDS[prompt.background])
         assert (" an orange" in prompt.text) == (prompt.colour == "orange")
     assert len(steering_prompts(1000)) == 1000
+
+
+def test_all_prompts_are_held_out_of_training():
+    held_out = set(held_out_combinations())
+    for prompts in (steering_prompts(50), steering_prompts(300, seed=1)):
+        assert {(prompt.noun, prompt.colour, prompt.background) for prompt in prompts} <= held_out
 
 
 def test_an_obedient_model_scores_high_and_a_stubborn_one_low():

@@ -1,7 +1,8 @@
 """Settings from fastest to cheapest. None of them changes what is asked for: what is learned, from what, and how long.
 
 Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers. Nor
-are packed weights streamed: they are packed by groups on disk and by rows in memory, which are other numbers. Where a word is
+are packed weights streamed: on disk 4 bits share scales in groups and small weights stay whole, which
+are other numbers. Where a word is
 tuned, weights stay in memory too.
 """
 

@@ -32,14 +32,16 @@ def personalize(
     skip: SkipOption = None,
     patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: lora, scales (of packed weights), or token.")] = None,
-    gradient: Annotated[str | None, typer.Option(help="How it is had: backprop, zeroth_order, or mixed.")] = None,
+    gradient: Annotated[
+        str | None, typer.Option(help="Gradient: backprop, zeroth_order (forward passes alone) or mixed.")
+    ] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the training images in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal results.")] = None,
     class_prompt: Annotated[str | None, typer.Option(help='Turns prior preservation on: "a photo of a toy".')] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos in each step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW.")] = None,
     weights: Annotated[str | None, typer.Option(help="Frozen weights in memory or read from disk: resident, streamed.")] = None,
     weight_bits: Annotated[int | None, typer.Option(help="Pack the denoiser's weights to 8 or 4 bits.")] = None,
     activations: Annotated[str | None, typer.Option(help="What backward needs of a block: kept, recomputed, on_disk.")] = None,
@@ -48,7 +50,7 @@ def personalize(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a LoRA of the subject in some photos, and write it to a RUN folder with pictures and a report."""
+    """Train a LoRA (or scales, or a word) of the subject in some photos; a RUN folder gets it, pictures and a report."""
     asked = {
         "instance_prompt": instance_prompt,
         "skip": skip,

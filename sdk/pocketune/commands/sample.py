@@ -25,12 +25,12 @@ _IMAGE_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp
 
 
 def sample(
-    source: Annotated[Path, typer.Argument(help="A RUN folder, or a LoRA file.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="A RUN folder, or a file of LoRA, scales or a word.", show_default=False)],
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to show; may be given several times.", show_default=False)
     ],
     model: ModelOption = None,
-    seed: Annotated[int, typer.Option(help="Of the first image; the next ones count up.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.", min=0)] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler; default: those of the RUN, else 28.", min=1)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; default: of the RUN, else of the model.", min=0.0)
@@ -45,7 +45,7 @@ def sample(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make images with a trained LoRA."""
+    """Make images with what a RUN trained, or with a LoRA file."""
     with clear_errors():
         paths = _image_paths(out, len(prompt))
         record = RunRecord.read(source / RECORD_FILE) if (source / RECORD_FILE).is_file() else None

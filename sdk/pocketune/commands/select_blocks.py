@@ -24,10 +24,14 @@ def select_blocks(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option(help="Who compares images: pocket, dino or clip; default: pocket for built-in models, else dino."),
+        typer.Option(
+            help="Embedding that compares images: pocket, dino or clip; default: pocket for built-in models, else dino."
+        ),
     ] = None,
     embedder_model: Annotated[str | None, typer.Option(help="Local folder or hub id of DINO or CLIP.")] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Of the images, each for every prompt; default: 0.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="Seed of the images, each for every prompt; default: 0.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
     work: Annotated[Path | None, typer.Option(help="Folder of the toys' runs; default: beside --out.")] = None,
     as_json: JsonOption = False,

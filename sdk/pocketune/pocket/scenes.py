@@ -157,10 +157,19 @@ def caption(scene: Scene, rng: np.random.Generator, *, full: bool = False, ident
     return " ".join(words)
 
 
-def held_out_combinations() -> list[tuple[str, str, str]]:
-    """200 of the 960 combinations of class, colour and background, which no training scene may show."""
+def held_out_stream() -> np.random.Generator:
+    """The random stream that chooses what is held out; no training draws from it."""
+    return np.random.default_rng([31, 0])
+
+
+def held_out_combinations(stream: np.random.Generator | None = None) -> list[tuple[str, str, str]]:
+    """200 of the 960 combinations of class, colour and background, which no training scene may show.
+
+    Args:
+        stream: a new `held_out_stream`, for who draws on from it.
+    """
     everything = [(noun, colour, background) for noun in CLASSES for colour in COLOURS for background in BACKGROUNDS]
-    chosen = np.random.default_rng([31, 0]).choice(len(everything), size=200, replace=False)
+    chosen = (stream or held_out_stream()).choice(len(everything), size=200, replace=False)
     return [everything[int(index)] for index in chosen]
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from pocketune.pocket.judges import AttributeClassifier, load_attribute_classifier
-from pocketune.pocket.scenes import BACKGROUNDS, CLASSES, COLOURS
+from pocketune.pocket.scenes import BACKGROUNDS, held_out_combinations, held_out_stream
 
 ATTRIBUTES = ("noun", "colour", "background")
-_STREAM = 31
-"""Names the random stream of these prompts; no training draws from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +31,19 @@ Row = dict[str, Any]
 
 
 def steering_prompts(count: int, *, seed: int = 0) -> list[SteeringPrompt]:
-    """`count` combinations of the 960 at random, each once while they last; equal seeds give equal prompts."""
-    rng = np.random.default_rng([_STREAM, seed])
-    combinations = [(noun, colour, background) for noun in CLASSES for colour in COLOURS for background in BACKGROUNDS]
-    chosen = rng.choice(len(combinations), size=count, replace=count > len(combinations))
+    """The first `count` of the held-out combinations, and again from the first when there are no more.
+
+    Args:
+        count: how many.
+        seed: added to the seed of every image.
+    """
+    stream = held_out_stream()
+    combinations = held_out_combinations(stream)
     prompts = []
-    for index in chosen:
-        noun, colour, background = combinations[int(index)]
+    for noun, colour, background in islice(cycle(combinations), count):
         article = "an" if colour == "orange" else "a"
         text = f"a photo of {article} {colour} {noun} {BACKGROUNDS[background]}"
-        image_seed = int(rng.integers(2**31))
+        image_seed = int(stream.integers(2**31)) + seed
         prompts.append(SteeringPrompt(text=text, noun=noun, colour=colour, background=background, seed=image_seed))
     return prompts
 
@@ -119,7 +120,7 @@ def measure_steering(
         count: how many prompts.
         guidance: classifier-free guidance scale.
         steps: sampling steps.
-        seed: of the choice of prompts and images.
+        seed: added to the seed of every image.
         size: image side in pixels; default: the model's own.
         batch_size: images generated together.
         text: as for `judged_rows`.
