@@ -13,9 +13,10 @@ from pocketune.atomic import replacing
 from pocketune.errors import RunError
 from pocketune.memory import read_memory
 from pocketune.progress import Progress
+from pocketune.units import duration, readable_size
 from pocketune_edge.bundle import Bundle, open_bundle, telling
 from pocketune_edge.delta import RESULTS, find_result, load_result, neutral
-from pocketune_edge.display import Display, duration, printable, say
+from pocketune_edge.display import Display, printable, say
 from pocketune_edge.errors import SettingError
 from pocketune_edge.job import RECORD_FILE, personalize
 from pocketune_edge.sample import render
@@ -50,7 +51,7 @@ def _personalize(given: argparse.Namespace) -> None:
         peak = max(reading["rss_bytes"] for reading in record["peaks"].values())
         say(f"{record['method']:<8}{result[record['method']]}")
         say(f"record  {result['record']}")
-        say(f"took    {duration(sum(record['seconds'].values()))}, at most {peak / 1e6:.0f} MB of memory")
+        say(f"took    {duration(sum(record['seconds'].values()))}, at most {readable_size(peak)} of memory")
 
 
 def _sample(given: argparse.Namespace) -> None:
@@ -90,7 +91,8 @@ def _inspect(given: argparse.Namespace) -> None:
     if given.json:
         say(json.dumps(facts))
     elif not given.quiet:
-        for name, value in facts.items():
+        planned = ", ".join(f"{name} {readable_size(size)}" for name, size in facts["planned_memory"].items())
+        for name, value in (facts | {"bytes": readable_size(facts["bytes"]), "planned_memory": planned}).items():
             say(f"{name:<22}{printable(str(value))}")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from pocketune.progress import Progress
+from pocketune.units import duration, readable_size
 
 _LINE_INTERVAL_S = 10.0
 _REDRAW_INTERVAL_S = 0.2
@@ -63,7 +64,7 @@ class Display:
     def _parts(self, event: Progress, now: float) -> list[str]:
         count = f"{event.done}/{event.total} {event.unit}{'' if event.total == 1 else 's'}" if event.total else ""
         loss = "" if event.loss is None else f"loss {event.loss:.4f}"
-        return [count, *self._speed(event, now), loss, f"{event.rss_bytes / 1e6:.0f} MB"]
+        return [count, *self._speed(event, now), loss, readable_size(event.rss_bytes)]
 
     def _speed(self, event: Progress, now: float) -> list[str]:
         """Rate since the first event of the phase that had a count, and the time left at that rate."""
@@ -74,16 +75,6 @@ class Display:
         rate = f"{1 / each:.1f} {event.unit}s/s" if each < 1 else f"{each:.1f} s a {event.unit}"
         left = each * (event.total - event.done)
         return [rate, f"{duration(left)} left"] if event.done < event.total else [rate]
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 41 s, 3 min 5 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

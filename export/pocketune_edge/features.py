@@ -9,6 +9,7 @@ import numpy as np
 
 from pocketune.errors import PlanError
 from pocketune.sampling.draws import Draw
+from pocketune.units import readable_size
 from pocketune_edge.batches import BatchMaker
 from pocketune_edge.cache import FeatureCache
 from pocketune_edge.delta import neutral
@@ -37,7 +38,7 @@ def check_bound(manifest: Manifest, *, draws: int, limit_mb: int, bfloat16: bool
     needed, limit = draws * feature_bytes(manifest, bfloat16=bfloat16), limit_mb * 1_000_000
     if needed > limit:
         msg = (
-            f"the feature cache needs {needed / 1e6:.1f} MB for {draws} draws, the limit is {limit_mb} MB. "
+            f"the feature cache needs {readable_size(needed)} for {draws} draws, the limit is {readable_size(limit)}. "
             f"Give --cache-limit-mb {needed // 1_000_000 + 1}, or fewer --steps, or export with `draws` in the recipe."
         )
         raise PlanError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from pocketune.units import readable_size
 from pocketune_edge.agreement import (
     SCHEMA_MINOR,
     SCHEMA_VERSION,
@@ -31,7 +32,8 @@ def read_manifest(content: bytes, where: str) -> Manifest:
         BundleError: it is no manifest, of a newer schema, or contradicts itself.
     """
     if len(content) > MAX_MANIFEST_BYTES:
-        msg = f"{where} has a manifest of {len(content)} bytes; at most {MAX_MANIFEST_BYTES} are read. It is not a bundle."
+        most = readable_size(MAX_MANIFEST_BYTES)
+        msg = f"{where} has a manifest of {readable_size(len(content))}; at most {most} are read. It is not a bundle."
         raise BundleError(msg)
     try:
         raw = json.loads(content)

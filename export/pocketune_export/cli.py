@@ -19,6 +19,7 @@ from pocketune.display import ProgressDisplay, print_facts
 from pocketune.errors import RecipeError, RunError
 from pocketune.progress import Progress
 from pocketune.recipe import Recipe
+from pocketune.units import readable_size
 
 if TYPE_CHECKING:
     from pocketune_edge.steps import Mode
@@ -92,7 +93,8 @@ def export(
     if as_json:
         typer.echo(json.dumps(_summary(manifest, out)))
     elif not quiet:
-        print_facts(Console(), _summary(manifest, out))
+        planned = {name: readable_size(size) for name, size in manifest.memory.model_dump(mode="json").items()}
+        print_facts(Console(), _summary(manifest, out) | {"planned_memory": planned})
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pocketune.progress import Progress as Event
-from pocketune.report import megabytes
+from pocketune.units import readable_size
 
 _PLAIN_INTERVAL_S = 10.0
 _MAX_MEASURED = 8  # a longer mapping of numbers, such as the norm of every tensor, is for --json
@@ -64,7 +64,7 @@ class ProgressDisplay:
             return
         count = count_of(event) if event.total else ""
         loss = "" if event.loss is None else f"loss {event.loss:.4f}"
-        memory = megabytes(event.rss_bytes)
+        memory = readable_size(event.rss_bytes)
         if not self._console.is_terminal:
             self._speak(event, " ".join(part for part in (f"{event.phase}:", count, loss, f"({memory})") if part))
             return
@@ -156,7 +156,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith("_bytes") and isinstance(value, int | float):
-        return megabytes(value)
+        return readable_size(value)
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):

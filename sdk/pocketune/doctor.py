@@ -23,6 +23,7 @@ from pocketune.machine import (
     read_disk_free,
     read_ram,
 )
+from pocketune.units import readable_size
 
 PACKAGES = {
     "": ("numpy", "pillow", "pydantic", "rich", "safetensors", "typer"),
@@ -111,9 +112,8 @@ def advise(report: MachineReport) -> tuple[str, ...]:
     lines.append(f'Use dtype = "{dtype}": {why}.')
     lines += _model_sizes(report, dtype)
     if report.ram.limit_bytes is not None:
-        lines.append(
-            f"A container limits this process to {_gb(report.ram.limit_bytes)}; beyond it the kernel ends the process."
-        )
+        limit = readable_size(report.ram.limit_bytes)
+        lines.append(f"A container limits this process to {limit}; beyond it the kernel ends the process.")
     if report.allocator == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in report.allocator_settings:
         lines.append(
             "glibc's allocator keeps much of the memory that training frees. A lower peak: preload jemalloc "
@@ -126,9 +126,8 @@ def advise(report: MachineReport) -> tuple[str, ...]:
             f"Only {report.cpu.usable_cores:g} of {report.cpu.logical_cores} cores may be used: set OMP_NUM_THREADS={cores}."
         )
     if report.disk_free_bytes is not None and report.disk_free_bytes < 5e9:
-        lines.append(
-            f"Only {_gb(report.disk_free_bytes)} are free in {report.disk_folder}; a feature cache may need several GB."
-        )
+        free = readable_size(report.disk_free_bytes)
+        lines.append(f"Only {free} are free in {report.disk_folder}; a feature cache may need several GB.")
     return tuple(lines)
 
 
@@ -153,9 +152,9 @@ def _model_sizes(report: MachineReport, dtype: str) -> list[str]:
         return []
     item = 4 if dtype == "float32" else 2
     sizes = {name: parameters * item for name, parameters in _DENOISERS.items()}
-    fit = [f"{name} ({_gb(size)})" for name, size in sizes.items() if size + _WORKING_ROOM_BYTES <= usable]
-    large = [f"{name} ({_gb(size)})" for name, size in sizes.items() if size + _WORKING_ROOM_BYTES > usable]
-    lines = [f"{place} that can be used now: {_gb(usable)}."]
+    fit = [f"{name} ({readable_size(size)})" for name, size in sizes.items() if size + _WORKING_ROOM_BYTES <= usable]
+    large = [f"{name} ({readable_size(size)})" for name, size in sizes.items() if size + _WORKING_ROOM_BYTES > usable]
+    lines = [f"{place} that can be used now: {readable_size(usable)}."]
     if fit:
         lines.append(f"All weights of these denoisers fit in {dtype}: {', '.join(fit)}.")
     if large:
@@ -168,7 +167,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _gb(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:.1f} GB"

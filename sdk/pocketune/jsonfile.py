@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketune.errors import FileFormatError
+from pocketune.units import readable_size
 
 LIMIT_BYTES = 64_000_000
 
@@ -19,7 +20,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > LIMIT_BYTES:
-            msg = f"{path} has more than {LIMIT_BYTES // 1_000_000} MB, which is no plausible size. Copy it again."
+            msg = f"{path} has more than {readable_size(LIMIT_BYTES)}, which is no plausible size. Copy it again."
             raise FileFormatError(msg)
         content = path.read_bytes()
     except OSError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pocketune.errors import PhotoError, RunError
+from pocketune.units import readable_size
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"})
 """What makes a file in a folder a photo. A file that is named explicitly may have any name."""
@@ -145,7 +146,7 @@ def _read(path: Path) -> bytes:
             raise PhotoError(msg)
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            msg = f"photo {path} has {size / 1e6:.0f} MB, the limit is {MAX_FILE_BYTES / 1e6:.0f} MB. Save it smaller."
+            msg = f"photo {path} has {readable_size(size)}, the limit is {readable_size(MAX_FILE_BYTES)}. Save it smaller."
             raise PhotoError(msg)
         content = path.read_bytes()
     except OSError as error:

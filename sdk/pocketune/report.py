@@ -18,6 +18,7 @@ from pocketune.atomic import write_text
 from pocketune.errors import RunError
 from pocketune.record import RunRecord
 from pocketune.sampling.choices import Choice
+from pocketune.units import duration, readable_size
 
 REPORT_FILE = "report.html"
 RECORD_FILE = "run.json"
@@ -76,10 +77,10 @@ def render_report(record: RunRecord, folder: Path) -> str:
                 "name": phase,
                 "colour": phase_colour(phase),
                 "seconds": record.seconds.get(phase),
-                "rss": megabytes(peak.rss_bytes),
+                "rss": readable_size(peak.rss_bytes),
                 "predicted": _predicted(record, phase),
-                "anonymous": megabytes(peak.anonymous_bytes),
-                "file": megabytes(peak.file_bytes),
+                "anonymous": readable_size(peak.anonymous_bytes),
+                "file": readable_size(peak.file_bytes),
             }
             for phase, peak in record.peaks.items()
         ],
@@ -88,22 +89,6 @@ def render_report(record: RunRecord, folder: Path) -> str:
         started=_readable_time(record.started),
         duration=duration(sum(record.seconds.values())),
     )
-
-
-def megabytes(size_bytes: float) -> str:
-    """Bytes as a person reads them, in MB of 1e6 bytes: 3.2 MB, 1,234 MB, and 25.3 GB from 10 GB on."""
-    size = size_bytes / 1e6
-    if size >= 10_000:
-        return f"{size / 1e3:.1f} GB"
-    return f"{size:,.0f} MB" if size >= 100 else f"{size:.1f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 4.2 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _readable_time(iso: str) -> str:
@@ -121,9 +106,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     tiles = [(f"{record.recipe.steps:,}", "steps", f"batch of {record.recipe.batch_size}")]
     if peaks:
         highest = max(peaks, key=lambda phase: peaks[phase])
-        tiles.append((megabytes(peaks.get("training", peaks[highest])), "peak memory", "resident, while training"))
+        tiles.append((readable_size(peaks.get("training", peaks[highest])), "peak memory", "resident, while training"))
         if highest != "training":
-            tiles.append((megabytes(peaks[highest]), "highest of all", f"in the phase {highest}"))
+            tiles.append((readable_size(peaks[highest]), "highest of all", f"in the phase {highest}"))
     if blocks:
         tiles.append(
             (f"{len(trained)} of {blocks}", "blocks trained", f"{record.plan.get('trained_parameters', 0):,} parameters")
@@ -151,7 +136,7 @@ def _block_cells(plan: dict[str, Any]) -> list[tuple[int, str]]:
 def _predicted(record: RunRecord, phase: str) -> str:
     """The predicted peak of a phase; a dash where nothing was predicted."""
     found = ((record.prediction or {}).get("phases") or {}).get(phase)
-    return "-" if found is None else megabytes(found)
+    return "-" if found is None else readable_size(found)
 
 
 def _embed(path: Path, *, side: int) -> str:
@@ -175,7 +160,7 @@ def _label(key: str) -> str:
 
 def _value(key: str, value: Any) -> str:
     if key.endswith("_bytes") and isinstance(value, int | float):
-        return megabytes(value)
+        return readable_size(value)
     if value is None:
         return "not set"
     if isinstance(value, bool):

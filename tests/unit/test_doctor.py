@@ -238,12 +238,12 @@ def test_dtype_advice_on_a_gpu_follows_the_gpu():
     old = replace(new, bfloat16=False)
     assert 'dtype = "bfloat16"' in advice(cuda=(new,))
     assert 'dtype = "float16"' in advice(cuda=(new, old))
-    assert "GPU memory that can be used now: 7.0 GB" in advice(cuda=(new,))
+    assert "GPU memory that can be used now: 7,000 MB" in advice(cuda=(new,))
 
 
 def test_models_are_weighed_against_usable_memory():
     text = advice()
-    assert "fit in float32: SD3-medium (8.4 GB), SD3.5-medium (8.8 GB)." in text
+    assert "fit in float32: SD3-medium (8,400 MB), SD3.5-medium (8,800 MB)." in text
     assert "do not fit in float32: SD3.5-large (32.4 GB)" in text
     assert "SD3" not in advice(ram=replace(report().ram, usable_bytes=None))
 
@@ -253,8 +253,8 @@ def test_other_advice_appears_only_when_it_applies():
     assert "jemalloc" in advice(allocator="glibc")
     assert "jemalloc" not in advice(allocator="glibc", allocator_settings={"MALLOC_MMAP_THRESHOLD_": "131072"})
     assert "OMP_NUM_THREADS=2" in advice(cpu=replace(report().cpu, usable_cores=2.5))
-    assert "A container limits this process to 3.0 GB" in advice(ram=replace(report().ram, limit_bytes=3 * GB))
-    assert "Only 1.0 GB are free in /runs" in advice(disk_free_bytes=GB)
+    assert "A container limits this process to 3,000 MB" in advice(ram=replace(report().ram, limit_bytes=3 * GB))
+    assert "Only 1,000 MB are free in /runs" in advice(disk_free_bytes=GB)
     assert "Not installed: torch" in advice(versions=report().versions | {"torch": None})
     assert advise(report(problems=("GPU 0 cannot be used.",)))[0] == "GPU 0 cannot be used."
 

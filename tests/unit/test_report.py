@@ -19,7 +19,7 @@ from pocketune.memory import MemoryReading, MemoryRow
 from pocketune.plots import choices_plot, loss_plot, memory_plot, smooth, thin
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord, SamplePair
-from pocketune.report import duration, megabytes, render_report, write_report
+from pocketune.report import render_report, write_report
 from pocketune.sampling.choices import Choice
 
 EVIL = "<script>alert('x')</script> & \"sks\" toy"
@@ -251,11 +251,6 @@ def test_smoothing_keeps_a_constant_and_thinning_keeps_the_peak() -> None:
 def test_plots_are_drawn_for_one_value_and_follow_the_text_colour() -> None:
     for svg in (loss_plot([1.0]), memory_plot([MemoryRow(0.0, "training", 5, 5, 0)])):
         assert svg.startswith("<svg") and svg.endswith("</svg>") and "currentColor" in svg
-
-
-def test_durations_and_sizes_are_readable() -> None:
-    assert [megabytes(b) for b in (3_240_000, 1_234_000_000, 25_277_000_000)] == ["3.2 MB", "1,234 MB", "25.3 GB"]
-    assert [duration(s) for s in (4.24, 200, 7500)] == ["4.2 s", "3 min 20 s", "2 h 5 min"]
 
 
 @pytest.mark.parametrize("largest", [0.0, 0.5, 1.0])

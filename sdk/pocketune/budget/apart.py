@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pocketune import errors
-from pocketune.budget.sizes import readable
 from pocketune.cgroups import read_limits
 from pocketune.errors import PlanError
 from pocketune.recipe import Recipe
+from pocketune.units import readable_size
 
 _PLANNER = "pocketune.budget.planning"
 
@@ -67,4 +67,4 @@ def within_limits(budget_bytes: int | None) -> tuple[int | None, str | None]:
     limit = read_limits().memory_bytes
     if limit is None or budget_bytes is None or budget_bytes <= limit:
         return budget_bytes, None
-    return limit, f"a control group limits this process to {readable(limit)}, which is less than the budget"
+    return limit, f"a control group limits this process to {readable_size(limit)}, which is less than the budget"

@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from pocketune.budget.ladder import changes, rungs
 from pocketune.budget.ledger import Ledger
-from pocketune.budget.sizes import readable
 from pocketune.errors import PlanError, PocketuneError
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
+from pocketune.units import readable_size
 
 MARGIN = 0.05
 """Of what a job needs beyond the libraries: a plan may be wrong by so much, and must fit all the same."""
@@ -224,20 +224,20 @@ def _refusal(
     phase = ledger.peak_phase("host" if place == "host" else "device")
     largest = phase.largest
     msg = (
-        f"recipe needs {readable(need)}{where} at the least, budget {readable(had)}; largest item: {largest.name} "
-        f"{readable(largest.bytes)} in the phase {phase.name}."
+        f"recipe needs {readable_size(need)}{where} at the least, budget {readable_size(had)}; largest item: {largest.name} "
+        f"{readable_size(largest.bytes)} in the phase {phase.name}."
     )
     floor = ledger.phases[0].items[0].bytes
     if short_of_host and floor >= budget:
-        return f"{msg} Interpreter and libraries alone take {readable(floor)}. Give at least {readable(need)}."
+        return f"{msg} Interpreter and libraries alone take {readable_size(floor)}. Give at least {readable_size(need)}."
     for option, changed in _proposals(cheapest, folder):
         try:
             found = measure(cheapest.changed(**changed))
         except PocketuneError:  # a change that the model or the method does not take
             continue
         if fits(found, budget, device_budget):
-            return f"{msg} Try {option} ({readable(needs(found))})."
-    return f"{msg} No smaller resolution, skipped blocks or rank would fit either. Give at least {readable(need)}."
+            return f"{msg} Try {option} ({readable_size(needs(found))})."
+    return f"{msg} No smaller resolution, skipped blocks or rank would fit either. Give at least {readable_size(need)}."
 
 
 def _proposals(recipe: Recipe, folder: ModelFolder) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from pocketune.commands.failures import clear_errors
 from pocketune.commands.options import JsonOption
 from pocketune.display import print_facts, print_lines, printable
-from pocketune.report import megabytes
+from pocketune.units import readable_size
 
 
 def inspect(
@@ -29,6 +29,7 @@ def inspect(
         typer.echo(json.dumps(found.as_dict()))
         return
     console = Console()
-    console.print(Text(f"{found.kind}  {printable(found.path)}  {megabytes(found.size_bytes)}", style="bold"))
-    print_facts(console, found.facts)
+    console.print(Text(f"{found.kind}  {printable(found.path)}  {readable_size(found.size_bytes)}", style="bold"))
+    sizes = {name: readable_size(size) for name, size in found.facts["files"].items()} if found.kind == "bundle" else {}
+    print_facts(console, found.facts | ({"files": sizes} if sizes else {}))
     print_lines(console, found.notes)

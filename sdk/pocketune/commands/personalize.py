@@ -12,13 +12,13 @@ import typer
 from rich.console import Console
 
 from pocketune.budget.apart import Question, ask_apart, within_limits
-from pocketune.budget.sizes import parse_size
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, QuietOption, SkipOption, recipe_of
 from pocketune.display import ProgressDisplay, print_facts, print_lines
 from pocketune.lean import without_scipy
 from pocketune.record import RunRecord
-from pocketune.report import RECORD_FILE, REPORT_FILE, duration, megabytes
+from pocketune.report import RECORD_FILE, REPORT_FILE
+from pocketune.units import duration, parse_size, readable_size
 
 
 def personalize(
@@ -116,7 +116,7 @@ def _print_result(record: RunRecord, out: Path) -> None:
         {
             record.recipe.method: str(out / _result(record)),
             "report": str(out / REPORT_FILE),
-            "took": f"{duration(sum(record.seconds.values()))}, at most {megabytes(peak)} of memory",
+            "took": f"{duration(sum(record.seconds.values()))}, at most {readable_size(peak)} of memory",
             "check": f"training moved {check.moved} of {len(check.norms)} tensors; the result loads and changes the images by "
             f"{100 * check.image_change:.1f} %",
         },

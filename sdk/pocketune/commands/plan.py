@@ -12,13 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pocketune.budget.apart import Question
-from pocketune.budget.sizes import parse_size, readable
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, SkipOption, recipe_of
 from pocketune.display import print_facts, print_lines, printable
 from pocketune.lean import without_scipy
 from pocketune.profile import PROFILES, DeviceProfile, profile_named
-from pocketune.report import duration, megabytes
+from pocketune.units import duration, parse_size, readable_size
 
 if TYPE_CHECKING:
     from pocketune.budget.search import MemoryPlan, Neighbour
@@ -78,18 +77,20 @@ def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, seconds:
     ledger = found.ledger
     facts: dict[str, Any] = {"model": model}
     if profile:
-        facts["device"] = f"{profile.title}: {readable(profile.usable_bytes)} of {readable(profile.memory_bytes)} can be used"
+        facts["device"] = (
+            f"{profile.title}: {readable_size(profile.usable_bytes)} of {readable_size(profile.memory_bytes)} can be used"
+        )
     if found.budget_bytes is not None:
-        facts["budget"] = readable(found.budget_bytes)
+        facts["budget"] = readable_size(found.budget_bytes)
     facts |= {
-        "predicted peak": f"{readable(ledger.peak_bytes())} in the phase {ledger.peak_phase().name}",
-        "needs": f"{readable(found.needs_bytes)}, with a margin for errors of prediction",
+        "predicted peak": f"{readable_size(ledger.peak_bytes())} in the phase {ledger.peak_phase().name}",
+        "needs": f"{readable_size(found.needs_bytes)}, with a margin for errors of prediction",
         "time": f"about {duration(sum(seconds.values()))}",
-        "disk": ", ".join(f"{name} {megabytes(size)}" for name, size in ledger.disk) or "none",
+        "disk": ", ".join(f"{name} {readable_size(size)}" for name, size in ledger.disk) or "none",
     }
     if found.budget_bytes is not None:
         facts["changed"] = (
-            "; ".join(f"{t.setting} {t.asked} -> {t.planned} (saves {megabytes(t.saves_bytes)})" for t in found.trades)
+            "; ".join(f"{t.setting} {t.asked} -> {t.planned} (saves {readable_size(t.saves_bytes)})" for t in found.trades)
             or "nothing: the recipe fits as it is"
         )
         facts["next cheaper"] = _beside(found.cheaper, "there is none")
@@ -118,4 +119,4 @@ def _beside(neighbour: Neighbour | None, otherwise: str) -> str:
     if neighbour is None:
         return otherwise
     settings = ", ".join(f"{name} {value}" for name, value in neighbour.settings.items()) or "the recipe as it is"
-    return f"{settings}: needs {readable(neighbour.needs_bytes)}"
+    return f"{settings}: needs {readable_size(neighbour.needs_bytes)}"

@@ -15,6 +15,7 @@ from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw
 from pocketune.step import Batch, span_features
+from pocketune.units import readable_size
 
 
 def cache_bytes(plan: BlockPlan, *, draws: int, image_tokens: int, text_tokens: int, width: int, dtype: torch.dtype) -> int:
@@ -87,7 +88,7 @@ def check_bound(needed_bytes: int, *, limit_mb: int, draws: int) -> None:
         return
     fitting = max(1, draws * limit // needed_bytes)
     msg = (
-        f"the feature cache needs {needed_bytes / 1e6:.1f} MB for {draws} draws, the limit is {limit_mb} MB. "
+        f"the feature cache needs {readable_size(needed_bytes)} for {draws} draws, the limit is {readable_size(limit)}. "
         f"Set draws = {fitting}, or refresh_every, so that fewer steps' features lie on disk at once, or cache_dtype = "
         '"bfloat16" or "int8" (a half or a quarter of the size), or raise cache_limit_mb.'
     )

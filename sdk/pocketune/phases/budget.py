@@ -14,11 +14,11 @@ from pocketune.atomic import write_text
 from pocketune.budget.apart import Question, within_limits
 from pocketune.budget.planning import measured_floor, plan_apart
 from pocketune.budget.search import MemoryPlan
-from pocketune.budget.sizes import parse_size, readable
 from pocketune.errors import BudgetError, RecipeError, RunError
 from pocketune.guard import Guard
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
+from pocketune.units import parse_size, readable_size
 from pocketune.watch import Watch
 
 PLAN_FILE = "plan.json"
@@ -72,7 +72,7 @@ def plan_job(
             )
             plan = plan_apart(recipe, question)
         changed = ", ".join(f"{trade.setting} {trade.planned}" for trade in plan.trades) or "the recipe as it is"
-        peak = f"predicted peak {readable(plan.ledger.peak_bytes())} of {readable(plan.budget_bytes or 0)}"
+        peak = f"predicted peak {readable_size(plan.ledger.peak_bytes())} of {readable_size(plan.budget_bytes or 0)}"
         watch.say("plan", f"{peak}: {changed}" + (f" ({note})" if note else ""))
     return plan
 
@@ -90,11 +90,11 @@ def guard_of(plan: MemoryPlan, device: torch.device) -> Guard:
 
 def exceeded(guard: Guard, plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
     """What to tell about a job that was stopped; kept: whether RUN is there to go on with."""
-    rss = readable(guard.tripped.rss_bytes) if guard.tripped else "?"
+    rss = readable_size(guard.tripped.rss_bytes) if guard.tripped else "?"
     again = "What was done is kept: add --resume and" if kept else "Nothing was done that could be kept: start again with"
     msg = (
-        f"memory reached {rss} in the phase {phase}, which is close to the budget of {readable(plan.budget_bytes or 0)} "
-        f"(predicted: {readable(plan.ledger.peak_bytes())}). {again} a larger --memory-budget, or start anew with a lower "
+        f"memory reached {rss} in the phase {phase}, which is close to the budget of {readable_size(plan.budget_bytes or 0)} "
+        f"(predicted: {readable_size(plan.ledger.peak_bytes())}). {again} a larger --memory-budget, or start anew with a lower "
         "resolution."
     )
     return BudgetError(msg)

@@ -19,6 +19,7 @@ from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import random_scene
 from pocketune.pocket.steering import measure_steering
 from pocketune.pocket.train import MODELS
+from pocketune.units import readable_size
 
 VAE_SCENES = 64
 _STREAM = 37
@@ -86,7 +87,7 @@ def write_card(folder: Path, measured: dict[str, Any]) -> None:
         f"| all three seen | {steering['all']:.1%} |",
         *(f"| VAE reconstruction at {size} px | {value} dB PSNR |" for size, value in measured["vae_psnr_db"].items()),
         *(f"| parameters, {name} | {count / 1e6:.2f} M |" for name, count in measured["parameters"].items()),
-        f"| weights on disk (fp16) | {measured['weights_bytes'] / 1e6:.1f} MB |",
+        f"| weights on disk (fp16) | {readable_size(measured['weights_bytes'])} |",
         "",
         "The prompts name combinations of class, colour and background that are held out of training. The judge is",
         "an attribute classifier trained on renders; guidance 4, 28 steps.",
