@@ -20,11 +20,11 @@ from pocketune.errors import Interrupted, RecipeError
 from pocketune.features.cache import cache_key
 from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
-from pocketune.phases.budget import exceeded, guard_of, keep_plan, plan_job, predicted
+from pocketune.phases.blocks import check_resolution, plan_blocks
+from pocketune.phases.budget import exceeded, guard_of, keep_memory_plan, memory_plan_of, predicted
 from pocketune.phases.features import fill_cache, photo_hashes
 from pocketune.phases.inputs import draw, encode, encode_prompts
 from pocketune.phases.pictures import make_class_images, sample_pairs
-from pocketune.phases.planning import check_resolution, plan_blocks
 from pocketune.phases.state import Job
 from pocketune.phases.training import train_and_save
 from pocketune.photos import MAX_PHOTO_SIDE, Photo, load_photos
@@ -50,7 +50,7 @@ def personalize(
     resume: bool = False,
     device: str | None = None,
     memory_budget: str | int | None = None,
-    memory_plan: dict[str, Any] | None = None,
+    made_plan: dict[str, Any] | None = None,
     on_progress: OnProgress = ignore,
 ) -> RunRecord:
     """Train a LoRA of the subject in some photos.
@@ -65,7 +65,7 @@ def personalize(
         device: torch device; default: CUDA where there is one.
         memory_budget: main memory that the job may take, in bytes or as "1GiB". The fastest settings that fit are planned
             before anything starts, and the job stops with a checkpoint rather than take more.
-        memory_plan: for this budget, made by `pocketune.budget.apart` before this process had its libraries; default: it is
+        made_plan: a memory plan for this budget, made by `pocketune.budget.apart` before this process had its libraries; default: it is
             made now, by a process beside this one.
         on_progress: called with every bit of progress.
 
@@ -93,7 +93,7 @@ def personalize(
             pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         if memory_budget is None:
             return _run(Job(recipe, folder, run, place, watch), pictures, features=features, resume=resume, started=started)
-        plan = plan_job(
+        memory_plan = memory_plan_of(
             recipe,
             memory_budget,
             model=str(model),
@@ -102,18 +102,18 @@ def personalize(
             resume=resume,
             photos=[str(one) for one in ([photos] if isinstance(photos, str | Path) else photos)],
             device=place,
-            made=memory_plan,
+            made=made_plan,
             watch=watch,
         )
-        guard = guard_of(plan, place)
+        guard = guard_of(memory_plan, place)
         watch.guarded_by(guard)
         try:
-            job = Job(plan.recipe, folder, run, place, watch)
-            return _run(job, pictures, features=features, resume=resume, started=started, memory_plan=plan)
+            job = Job(memory_plan.recipe, folder, run, place, watch)
+            return _run(job, pictures, features=features, resume=resume, started=started, memory_plan=memory_plan)
         except (Interrupted, KeyboardInterrupt) as error:
             if guard.tripped is None:
                 raise
-            raise exceeded(guard, plan, watch.current, kept=(run / JOB_FILE).is_file()) from error
+            raise exceeded(guard, memory_plan, watch.current, kept=(run / JOB_FILE).is_file()) from error
 
 
 def _run(
@@ -125,7 +125,7 @@ def _run(
     started: str,
     memory_plan: MemoryPlan | None = None,
 ) -> RunRecord:
-    """All phases but the photos and the plan."""
+    """All phases but the photos and the memory plan."""
     recipe = job.recipe
     check_resolution(job)
     plan = plan_blocks(job)
@@ -134,7 +134,7 @@ def _run(
     )
     with run_folder(job.run, resume=resume, fingerprint=fingerprint):
         if memory_plan is not None:
-            keep_plan(memory_plan, job.run)
+            keep_memory_plan(memory_plan, job.run)
         prompts = encode_prompts(job)
         images: dict[Kind, Sequence[Image.Image]] = {
             "instance": [photo.image for photo in pictures],

@@ -18,7 +18,7 @@ from tests.reliability.test_job import LORA, quick_recipe
 @pytest.fixture
 def planned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan in this process, which has the libraries already; one test below does as a job does."""
-    monkeypatch.setattr(budgeting, "plan_apart", plan_memory)
+    monkeypatch.setattr(budgeting, "plan_memory_apart", plan_memory)
 
 
 @pytest.mark.usefixtures("planned_here")

@@ -218,10 +218,10 @@ def test_a_budget_is_planned_before_the_libraries_are_there(
     command = ["personalize", "a.jpg", *TOY, "--out", str(tmp_path / "run"), "--memory-budget", "1GiB"]
     assert runner.invoke(cli.app, command).exit_code == 0
     assert job.calls[-1]["memory_budget"] == 2**30
-    assert job.calls[-1]["memory_plan"] == {"settings": {}}
+    assert job.calls[-1]["made_plan"] == {"settings": {}}
     assert asked[0][1].photos == ("a.jpg",)
     assert runner.invoke(cli.app, [*command, "--resume"]).exit_code == 0
-    assert job.calls[-1]["memory_plan"] is None
+    assert job.calls[-1]["made_plan"] is None
     assert len(asked) == 1
     one_line(runner.invoke(cli.app, [*command[:-1], "much"]).stderr, "error: ")
 

@@ -1,4 +1,4 @@
-"""Asks another process for a plan. Nothing heavy is imported here, so that a process can plan before it has any libraries."""
+"""Asks another process for a memory plan. Nothing heavy is imported here: a process can plan before it has any libraries."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Question:
 
 
 def ask_apart(recipe: Recipe, question: Question) -> dict[str, Any]:
-    """A plan as plain data, made in a process of its own, whose memory is gone when it is there.
+    """A memory plan as plain data, made in a process of its own, whose memory is gone when it is there.
 
     Raises:
         PlanError, ModelError, RecipeError, PhotoError: what planning refuses.

@@ -1,4 +1,4 @@
-"""A plan for a model and a recipe; in a process of its own where the memory of planning must not count."""
+"""A memory plan for a model and a recipe; in a process of its own where the memory of planning must not count."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _JOB = "pocketune.job"
 
 
 def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
-    """The best plan that fits; no weights are read.
+    """The best memory plan that fits; no weights are read.
 
     Raises:
         PlanError: no plan fits.
@@ -49,7 +49,7 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     )
 
 
-def plan_apart(recipe: Recipe, question: Question) -> MemoryPlan:
+def plan_memory_apart(recipe: Recipe, question: Question) -> MemoryPlan:
     """The same in a process of its own, so that what planning imports and leaves behind takes nothing from the budget.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The best plan that fits a budget, its neighbours, and what would fit where none does."""
+"""The best memory plan that fits a budget, its neighbours, and what would fit where none does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trade:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A plan beside the chosen one.
+    """A memory plan beside the chosen one.
 
     Attributes:
         settings: what differs from what was asked.

@@ -76,7 +76,7 @@ def personalize(
             within, _ = within_limits(size)  # the job says so where that is less
             # Before the libraries are here: planning takes as much memory as they do, for a moment.
             question = Question(model=model, budget_bytes=within, photos=tuple(map(str, photos)))
-            budget = {"memory_budget": size, "memory_plan": None if resume else ask_apart(settings, question)}
+            budget = {"memory_budget": size, "made_plan": None if resume else ask_apart(settings, question)}
         run_job = import_job(lean=settings.saves_memory or memory_budget is not None)
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
             record = run_job(photos, recipe=settings, out=out, model=model, resume=resume, on_progress=display, **budget)

@@ -1,4 +1,4 @@
-"""The plan of a job that has a memory budget: made before anything starts, kept in RUN, and watched over."""
+"""The memory plan of a job that has a memory budget: made before anything starts, kept in RUN, and watched over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from pocketune.atomic import write_text
 from pocketune.budget.apart import Question, within_limits
-from pocketune.budget.planning import measured_floor, plan_apart
+from pocketune.budget.planning import measured_floor, plan_memory_apart
 from pocketune.budget.search import MemoryPlan
 from pocketune.errors import BudgetError, RecipeError, RunError
 from pocketune.guard import Guard
@@ -24,7 +24,7 @@ from pocketune.watch import Watch
 PLAN_FILE = "plan.json"
 
 
-def plan_job(
+def memory_plan_of(
     recipe: Recipe,
     budget: str | int,
     *,
@@ -37,7 +37,7 @@ def plan_job(
     made: dict[str, Any] | None,
     watch: Watch,
 ) -> MemoryPlan:
-    """The plan of a new job, or the one that an interrupted job was begun with; progress says its peak.
+    """The memory plan of a new job, or the one that an interrupted job was begun with; progress says its peak.
 
     Args:
         recipe: what is asked.
@@ -48,7 +48,7 @@ def plan_job(
         resume: whether a job goes on.
         photos: their paths.
         device: where the arithmetic is done.
-        made: a plan as plain data that was made for all of this already.
+        made: a memory plan as plain data that was made for all of this already.
         watch: of the job.
 
     Raises:
@@ -59,9 +59,9 @@ def plan_job(
         bound, note = within_limits(parse_size(budget) if isinstance(budget, str) else budget)
         kept = run / PLAN_FILE
         if resume and kept.is_file():
-            plan = replace(_kept_plan(kept, recipe), budget_bytes=bound)
+            memory_plan = replace(_kept_memory_plan(kept, recipe), budget_bytes=bound)
         elif made is not None:
-            plan = MemoryPlan.from_dict(recipe, made)
+            memory_plan = MemoryPlan.from_dict(recipe, made)
         else:
             question = Question(
                 model=model,
@@ -70,51 +70,54 @@ def plan_job(
                 floor_bytes=measured_floor(folder),
                 photos=tuple(photos),
             )
-            plan = plan_apart(recipe, question)
-        changed = ", ".join(f"{trade.setting} {trade.planned}" for trade in plan.trades) or "the recipe as it is"
-        peak = f"predicted peak {readable_size(plan.ledger.peak_bytes())} of {readable_size(plan.budget_bytes or 0)}"
-        watch.say("plan", f"{peak}: {changed}" + (f" ({note})" if note else ""))
-    return plan
+            memory_plan = plan_memory_apart(recipe, question)
+        changed = ", ".join(f"{trade.setting} {trade.planned}" for trade in memory_plan.trades) or "the recipe as it is"
+        peak, most = memory_plan.ledger.peak_bytes(), memory_plan.budget_bytes or 0
+        said = f"predicted peak {readable_size(peak)} of {readable_size(most)}: {changed}"
+        watch.say("plan", said + (f" ({note})" if note else ""))
+    return memory_plan
 
 
-def keep_plan(plan: MemoryPlan, run: Path) -> None:
-    """Write the plan into RUN, so that a resumed job has the same settings."""
-    write_text(run / PLAN_FILE, json.dumps(plan.as_dict()) + "\n")
+def keep_memory_plan(memory_plan: MemoryPlan, run: Path) -> None:
+    """Write it into RUN, so that a resumed job has the same settings."""
+    write_text(run / PLAN_FILE, json.dumps(memory_plan.as_dict()) + "\n")
 
 
-def guard_of(plan: MemoryPlan, device: torch.device) -> Guard:
+def guard_of(memory_plan: MemoryPlan, device: torch.device) -> Guard:
     """What stops a job before it has more than the budget."""
     used = (lambda: torch.cuda.memory_reserved(device)) if device.type == "cuda" else None
-    return Guard(plan.budget_bytes or 0, device_budget_bytes=plan.device_budget_bytes, device_bytes=used)
+    return Guard(memory_plan.budget_bytes or 0, device_budget_bytes=memory_plan.device_budget_bytes, device_bytes=used)
 
 
-def exceeded(guard: Guard, plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
+def exceeded(guard: Guard, memory_plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
     """What to tell about a job that was stopped; kept: whether RUN is there to go on with."""
     rss = readable_size(guard.tripped.rss_bytes) if guard.tripped else "?"
+    budget, peak = readable_size(memory_plan.budget_bytes or 0), readable_size(memory_plan.ledger.peak_bytes())
     again = "What was done is kept: add --resume and" if kept else "Nothing was done that could be kept: start again with"
     msg = (
-        f"memory reached {rss} in the phase {phase}, which is close to the budget of {readable_size(plan.budget_bytes or 0)} "
-        f"(predicted: {readable_size(plan.ledger.peak_bytes())}). {again} a larger --memory-budget, or start anew with a lower "
+        f"memory reached {rss} in the phase {phase}, which is close to the budget of {budget} "
+        f"(predicted: {peak}). {again} a larger --memory-budget, or start anew with a lower "
         "resolution."
     )
     return BudgetError(msg)
 
 
-def predicted(plan: MemoryPlan) -> dict[str, Any]:
-    """What the record of a run says about its plan; saving is a part of the phase of training."""
-    phases = {phase.name: phase.bytes() for phase in plan.ledger.phases}
+def predicted(memory_plan: MemoryPlan) -> dict[str, Any]:
+    """What the record of a run says about its memory plan; saving is a part of the phase of training."""
+    phases = {phase.name: phase.bytes() for phase in memory_plan.ledger.phases}
     phases["training"] = max(phases["training"], phases.pop("saving"))
     return {
-        "budget_bytes": plan.budget_bytes,
-        "needs_bytes": plan.needs_bytes,
-        "settings": {trade.setting: trade.planned for trade in plan.trades},
+        "budget_bytes": memory_plan.budget_bytes,
+        "needs_bytes": memory_plan.needs_bytes,
+        "settings": {trade.setting: trade.planned for trade in memory_plan.trades},
         "phases": phases,
     }
 
 
-def _kept_plan(path: Path, recipe: Recipe) -> MemoryPlan:
+def _kept_memory_plan(path: Path, recipe: Recipe) -> MemoryPlan:
     try:
         return MemoryPlan.from_dict(recipe, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecipeError) as error:
-        msg = f"cannot read the plan {path} ({type(error).__name__}: {error}). Start again in a new RUN, without --resume."
+        why = f"{type(error).__name__}: {error}"
+        msg = f"cannot read the memory plan {path} ({why}). Start again in a new RUN, without --resume."
         raise RunError(msg) from error
