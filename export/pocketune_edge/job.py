@@ -89,7 +89,7 @@ class Job:
         return {kind: encoded[text] for kind, text in wanted.items()}
 
     def make_class_images(self) -> list[Image.Image]:
-        """Pictures of the class by the base model, kept in RUN/class_images for a resumed run."""
+        """Images of the class by the base model, kept in RUN/class_images for a resumed run."""
         prompt, count = self.settings.class_prompt, self.settings.class_images
         if not prompt:
             return []
@@ -118,7 +118,7 @@ class Job:
         """How steps are taken."""
         return "streaming" if self.streaming else "one graph"
 
-    def check(self, pictures: Sequence[Photo]) -> None:
+    def check(self, photos: Sequence[Photo]) -> None:
         """Refuse what cannot work, before anything is made.
 
         Raises:
@@ -128,7 +128,7 @@ class Job:
         manifest, settings = self.bundle.manifest, self.settings
         check_mode(manifest, settings, mode=self.mode)
         if self.caches_features:
-            draws = len(self._draw([photo.image for photo in pictures], "instance"))
+            draws = len(self._draw([photo.image for photo in photos], "instance"))
             draws *= 2 if settings.class_prompt else 1
             check_bound(manifest, draws=draws, limit_mb=settings.cache_limit_mb, bfloat16=settings.cache_dtype == "bfloat16")
 
@@ -139,10 +139,10 @@ class Job:
         return plan.use_residuals and any(span.skipped for span in plan.spans)
 
     def prepare_samples(
-        self, pictures: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
+        self, photos: Sequence[Photo], class_images: Sequence[Image.Image], prompts: dict[Kind, Prompt]
     ) -> tuple[list[tuple[Draw, ...]], BatchMaker]:
         """The draws of each step, and what turns them into graph inputs; every crop is encoded."""
-        images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in pictures], "class": class_images}
+        images: dict[Kind, Sequence[Image.Image]] = {"instance": [photo.image for photo in photos], "class": class_images}
         draws, class_draws = (self._draw(images[kind], kind) for kind in ("instance", "class"))
         with self.phase("latents") as sessions:
             posteriors = encode_crops(
@@ -252,13 +252,13 @@ def personalize(
         settings, recipe = settings_of(opened.manifest, changes or {})
         job = Job(opened, settings, run, streaming, threads, Watch(memory, on_progress))
         with job.phase("photos"):
-            pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
-        hashes = [photo.sha256 for photo in pictures]
+            loaded = load_photos(photos, max_side=MAX_PHOTO_SIDE)
+        hashes = [photo.sha256 for photo in loaded]
         identity = fingerprint(opened.manifest, recipe, hashes)
-        job.check(pictures)
+        job.check(loaded)
         with run_folder(run, resume=resume, fingerprint=identity):
             prompts = job.encode_prompts()
-            batches, make_batch = job.prepare_samples(pictures, job.make_class_images(), prompts)
+            batches, make_batch = job.prepare_samples(loaded, job.make_class_images(), prompts)
             cache = job.fill_cache(batches, make_batch, hash_of({"run": identity, "bundle": _content(opened)}))
             checkpoints = CheckpointFolder(run / "checkpoints", opened.manifest.tuned, fingerprint=identity)
             state = job.train(batches, make_batch, cache, checkpoints)
@@ -274,7 +274,7 @@ def personalize(
                 "peaks": {name: asdict(reading) for name, reading in memory.peaks().items()},
                 "seconds": job.watch.seconds,
                 "step_cpu_seconds": job.step_cpu_seconds,
-                "photos": [photo.name for photo in pictures],
+                "photos": [photo.name for photo in loaded],
                 "versions": {name: version(name) for name in _LIBRARIES},
                 "started": started,
             }

@@ -1,4 +1,4 @@
-"""The main job: photos in, a LoRA, pictures and a report out. Its phases run one after the other, each freeing what it used."""
+"""The main job: photos in, a LoRA, images and a report out. Its phases run one after the other, each freeing what it used."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pocketune.models.load import open_model
 from pocketune.phases.blocks import check_resolution, plan_blocks
 from pocketune.phases.budget import exceeded, guard_of, keep_memory_plan, memory_plan_of, predicted
 from pocketune.phases.features import fill_cache, photo_hashes
+from pocketune.phases.images import make_class_images, sample_pairs
 from pocketune.phases.inputs import draw, encode, encode_prompts
-from pocketune.phases.pictures import make_class_images, sample_pairs
 from pocketune.phases.state import Job
 from pocketune.phases.training import train_and_save
 from pocketune.photos import MAX_PHOTO_SIDE, Photo, load_photos
@@ -50,7 +50,6 @@ def personalize(
     resume: bool = False,
     device: str | None = None,
     memory_budget: str | int | None = None,
-    made_plan: dict[str, Any] | None = None,
     on_progress: OnProgress = ignore,
 ) -> RunRecord:
     """Train a LoRA of the subject in some photos.
@@ -65,18 +64,47 @@ def personalize(
         device: torch device; default: CUDA where there is one.
         memory_budget: main memory that the job may take, in bytes or as "1GiB". The fastest settings that fit are planned
             before anything starts, and the job stops with a checkpoint rather than take more.
-        made_plan: a memory plan for this budget, made by `pocketune.budget.apart` before this process had its libraries; default: it is
-            made now, by a process beside this one.
         on_progress: called with every bit of progress.
 
     Returns:
-        What was measured; RUN holds the LoRA, the pictures, `report.html` and `run.json`.
+        What was measured; RUN holds the LoRA, the images, `report.html` and `run.json`.
 
     Raises:
         PhotoError, ModelError, PlanError, RecipeError, RunError: bad input; nothing is left behind.
         Interrupted: on Ctrl-C, after a checkpoint was saved.
         BudgetError: memory came near the budget; what was done is kept.
         NoEffectError: the trained adapter does nothing.
+    """
+    return run_job(
+        photos,
+        recipe=recipe,
+        out=out,
+        model=model,
+        features=features,
+        resume=resume,
+        device=device,
+        memory_budget=memory_budget,
+        on_progress=on_progress,
+    )
+
+
+def run_job(
+    photos: str | Path | Sequence[str | Path],
+    *,
+    recipe: Recipe,
+    out: str | Path,
+    model: str | Path,
+    features: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    memory_budget: str | int | None = None,
+    made_plan: dict[str, Any] | None = None,
+    on_progress: OnProgress = ignore,
+) -> RunRecord:
+    """What `personalize` does, for the command line, which plans memory before this process has its libraries.
+
+    `made_plan` is that memory plan, of `pocketune.budget.apart`; without one it is made now, by a process beside this one. All
+    other arguments are those of `personalize`, and so are the errors.
     """
     if features is not None and recipe.refresh_every:
         msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
@@ -88,11 +116,12 @@ def personalize(
     with MemoryLog() as memory:
         folder = open_model(model)
         recipe = folder.family.complete(recipe)
-        place, watch = torch.device(device or default_device()), Watch(memory, on_progress)
+        torch_device, watch = torch.device(device or default_device()), Watch(memory, on_progress)
         with watch.phase("photos"):
-            pictures = load_photos(photos, max_side=MAX_PHOTO_SIDE)
+            loaded = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         if memory_budget is None:
-            return _run(Job(recipe, folder, run, place, watch), pictures, features=features, resume=resume, started=started)
+            job = Job(recipe, folder, run, torch_device, watch)
+            return _run(job, loaded, features=features, resume=resume, started=started)
         memory_plan = memory_plan_of(
             recipe,
             memory_budget,
@@ -101,15 +130,15 @@ def personalize(
             run=run,
             resume=resume,
             photos=[str(one) for one in ([photos] if isinstance(photos, str | Path) else photos)],
-            device=place,
+            device=torch_device,
             made=made_plan,
             watch=watch,
         )
-        guard = guard_of(memory_plan, place)
+        guard = guard_of(memory_plan, torch_device)
         watch.guarded_by(guard)
         try:
-            job = Job(memory_plan.recipe, folder, run, place, watch)
-            return _run(job, pictures, features=features, resume=resume, started=started, memory_plan=memory_plan)
+            job = Job(memory_plan.recipe, folder, run, torch_device, watch)
+            return _run(job, loaded, features=features, resume=resume, started=started, memory_plan=memory_plan)
         except (Interrupted, KeyboardInterrupt) as error:
             if guard.tripped is None:
                 raise
@@ -118,7 +147,7 @@ def personalize(
 
 def _run(
     job: Job,
-    pictures: Sequence[Photo],
+    photos: Sequence[Photo],
     *,
     features: str | Path | None,
     resume: bool,
@@ -129,15 +158,13 @@ def _run(
     recipe = job.recipe
     check_resolution(job)
     plan = plan_blocks(job)
-    fingerprint = cache_key(
-        {"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(pictures)}
-    )
+    fingerprint = cache_key({"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(photos)})
     with run_folder(job.run, resume=resume, fingerprint=fingerprint):
         if memory_plan is not None:
             keep_memory_plan(memory_plan, job.run)
         prompts = encode_prompts(job)
         images: dict[Kind, Sequence[Image.Image]] = {
-            "instance": [photo.image for photo in pictures],
+            "instance": [photo.image for photo in photos],
             "class": make_class_images(job),
         }
         batches = draw(job, images)
@@ -148,7 +175,7 @@ def _run(
                 continue  # trained before the run was stopped; its features may be gone
             period = batches[steps.start : steps.stop]
             make_batch = encode(job, images, period, prompts)
-            cache = fill_cache(job, plan, period, make_batch, prompts, root, pictures, images["class"])
+            cache = fill_cache(job, plan, period, make_batch, prompts, root, photos, images["class"])
             losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
         pairs, change = sample_pairs(job)
         record = RunRecord(
@@ -161,20 +188,20 @@ def _run(
             memory=job.watch.memory.rows,
             peaks=job.watch.memory.peaks(),
             seconds=dict(job.watch.seconds),
-            photos=tuple(photo.name for photo in pictures),
+            photos=tuple(photo.name for photo in photos),
             samples=pairs,
             check=CheckResult(image_change=change, norms=norms),
             versions={name: version(name) for name in _LIBRARIES},
             started=started,
             prediction=None if memory_plan is None else predicted(memory_plan),
         )
-        _save_thumbnails(pictures, job.run / "photos")
+        _save_thumbnails(photos, job.run / "photos")
         write_report(record, job.run)
     return record
 
 
-def _save_thumbnails(pictures: Sequence[Photo], folder: Path) -> None:
-    for photo in pictures:
+def _save_thumbnails(photos: Sequence[Photo], folder: Path) -> None:
+    for photo in photos:
         small = photo.image.copy()
         small.thumbnail((256, 256))
         with replacing(folder / f"{hashlib.sha256(photo.name.encode()).hexdigest()[:8]}.jpg") as partial:

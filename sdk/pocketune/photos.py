@@ -103,7 +103,7 @@ def load_photos(paths: Path | str | Sequence[Path | str], max_side: int | None =
 
 
 def load_made_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Pictures that a run has made before.
+    """Images that a run has made before.
 
     Raises:
         RunError: one is damaged.
@@ -113,7 +113,7 @@ def load_made_images(paths: Sequence[Path]) -> list[Image.Image]:
         try:
             images.append(_decode(_read(path), path, None))
         except PhotoError as error:
-            msg = f"the picture {path} of this run is damaged. Delete it; the same command with --resume makes it again."
+            msg = f"the image {path} of this run is damaged. Delete it; the same command with --resume makes it again."
             raise RunError(msg) from error
     return images
 

@@ -53,13 +53,13 @@ def generate(
     folder = open_model(model)
     side = resolution or folder.native_resolution
     check_side(folder, side)
-    place = torch.device(device or default_device())
+    torch_device = torch.device(device or default_device())
     path = find_result(lora) if lora is not None else None
     if streamed:
         return_freed_memory()
     pipeline = folder.pipeline(
-        dtype=torch.float32 if place.type == "cpu" else torch.float16,
-        device=place,
+        dtype=torch.float32 if torch_device.type == "cpu" else torch.float16,
+        device=torch_device,
         weights=Residence(streamed=streamed),
         latent_side=side // folder.vae_scale,
     )

@@ -33,12 +33,12 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     folder = model_to_plan(question.model)
     floor = measured_floor(folder) if question.floor_bytes is None else question.floor_bytes
     device = torch.device(question.device or default_device())
-    photos = None
+    photo_pixels = None
     if question.photos:
-        pictures = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)
-        photos = tuple(picture.image.width * picture.image.height for picture in pictures)
-        del pictures
-    setting = Setting(folder=folder, device=device, floor_bytes=floor, photos=photos)
+        photos = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)
+        photo_pixels = tuple(photo.image.width * photo.image.height for photo in photos)
+        del photos
+    setting = Setting(folder=folder, device=device, floor_bytes=floor, photos=photo_pixels)
     return choose(
         recipe,
         Ledgers(setting),

@@ -30,7 +30,7 @@ from pocketune.sampling.draws import refresh_periods
 from pocketune.sampling.patches import patches_of
 
 PIXEL_BYTES = 4
-"""Of a picture in memory, as Pillow holds it."""
+"""Of a photo in memory, as Pillow holds it."""
 _TYPICAL_COUNT, _TYPICAL_SIDE = 5, 1024
 _STAGES = {"AutoencoderDC": 6}
 
@@ -132,7 +132,7 @@ class Ledgers:
             yield PhaseLedger(name="photos", items=())
             yield self._once(lambda: text_phase(folder, recipe, device=device), "text", *held, recipe.class_prompt is None)
             if recipe.class_prompt is not None:
-                kept = (_class_pictures(recipe.class_images, resolution),)
+                kept = (_class_images(recipe.class_images, resolution),)
                 made = self._sampling(recipe, resolution, images=recipe.class_images, rounds=1, trained_bytes=0)
                 yield _with(replace(made, name="class images"), kept)
             kept = (posteriors_item(folder, crops=in_use, side=shapes.side), *kept)
@@ -208,7 +208,7 @@ def _shapes(recipe: Recipe, setting: Setting) -> Shapes:
     )
 
 
-def _class_pictures(count: int, side: int) -> Item:
+def _class_images(count: int, side: int) -> Item:
     size = count * side**2 * PIXEL_BYTES
     return Item(name="class images", bytes=size, formula=f"{count} of {side} x {side} pixels, {PIXEL_BYTES} B each")
 

@@ -89,7 +89,7 @@ def personalize(
 def import_job(*, lean: bool) -> Callable[..., RunRecord]:
     """What trains, with all that it needs."""
     with needing_extra("train"), without_scipy() if lean else nullcontext():
-        from pocketune.job import personalize as run_job
+        from pocketune.job import run_job
     return run_job
 
 

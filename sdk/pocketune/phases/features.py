@@ -27,7 +27,7 @@ def fill_cache(
     make_batch: BatchMaker,
     prompts: dict[Kind, Prompt],
     root: Path,
-    pictures: Sequence[Photo],
+    photos: Sequence[Photo],
     class_images: Sequence[Image.Image],
 ) -> FeatureCache | None:
     """Run the frozen model over the draws of some steps and store what skipped spans contribute.
@@ -52,7 +52,7 @@ def fill_cache(
         if count
     )
     check_bound(needed, limit_mb=job.recipe.cache_limit_mb, draws=len(distinct))
-    key = features_key(job, plan, batches, pictures, class_images)
+    key = features_key(job, plan, batches, photos, class_images)
     if job.recipe.refresh_every:
         remove_other_caches(root, keep=key)
     cache = FeatureCache(root / key, spans=plan.skipped_spans, dtype=cache_dtype)
@@ -79,14 +79,14 @@ def features_key(
     job: Job,
     plan: BlockPlan,
     batches: Sequence[Sequence[Draw]],
-    pictures: Sequence[Photo],
+    photos: Sequence[Photo],
     class_images: Sequence[Image.Image],
 ) -> str:
     """The name of the cache: a hash of all that features follow from, so that runs may share a folder of caches."""
     return cache_key(
         {
             "model": job.folder.fingerprint(),
-            "photos": photo_hashes(pictures),
+            "photos": photo_hashes(photos),
             "class_images": [hashlib.sha256(image.tobytes()).hexdigest() for image in class_images],
             "prompts": [job.recipe.instance_prompt, job.recipe.class_prompt],
             "skipped": plan.skipped,
@@ -103,6 +103,6 @@ def features_key(
     )
 
 
-def photo_hashes(pictures: Sequence[Photo]) -> list[str]:
+def photo_hashes(photos: Sequence[Photo]) -> list[str]:
     """The sha256 of each photo's file."""
-    return [photo.sha256 for photo in pictures]
+    return [photo.sha256 for photo in photos]

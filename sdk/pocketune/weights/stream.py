@@ -38,7 +38,7 @@ class Tiles:
         self._prefetcher = Prefetcher()
 
     def rows(self, matrix: Matrix, like: Tensor) -> Iterator[tuple[range, Tensor]]:
-        """A weight by runs of rows: the run, and (rows, columns, taps) in the type and place of `like`."""
+        """A weight by runs of rows: the run, and (rows, columns, taps) in the type and on the device of `like`."""
         self._prefetcher.using(matrix)
         step = self._step(matrix.columns * matrix.taps, like)
         for start in range(0, matrix.rows, step):
@@ -46,7 +46,7 @@ class Tiles:
             yield rows, self._read(matrix, rows, range(matrix.columns), like)
 
     def columns(self, matrix: Matrix, like: Tensor) -> Iterator[tuple[range, Tensor]]:
-        """A weight by runs of columns: the run, and (rows, columns, taps) in the type and place of `like`."""
+        """A weight by runs of columns: the run, and (rows, columns, taps) in the type and on the device of `like`."""
         self._prefetcher.using(matrix)
         step = self._step(matrix.rows * matrix.taps, like)
         for start in range(0, matrix.columns, step):

@@ -1,4 +1,4 @@
-"""Pictures: those of the class beforehand, and those before and after."""
+"""Images that the model makes: those of the class beforehand, and those before and after."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_SEED = 1000
 
 
 def make_class_images(job: Job) -> list[Image.Image]:
-    """Pictures of the class by the base model, kept in RUN/class_images for a resumed run."""
+    """Images of the class by the base model, kept in RUN/class_images for a resumed run."""
     prompt, count = job.recipe.class_prompt, job.recipe.class_images
     if prompt is None:
         return []
