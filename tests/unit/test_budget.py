@@ -165,7 +165,7 @@ def test_a_larger_budget_never_makes_a_worse_plan(
         assert fits(plan.ledger, budget, None)
         assert plan.needs_bytes <= budget
         assert {trade.setting for trade in plan.trades} == set(changes(asked(), plan.recipe))
-        assert plan.better is None or plan.better.needs_bytes > plan.needs_bytes
+        assert plan.faster is None or plan.faster.needs_bytes > plan.needs_bytes
         assert plan.cheaper is None or plan.cheaper.needs_bytes < plan.needs_bytes
         assert MemoryPlan.from_dict(asked(), json.loads(json.dumps(plan.as_dict()))).as_dict() == plan.as_dict()
 

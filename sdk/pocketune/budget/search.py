@@ -61,7 +61,7 @@ class MemoryPlan:
         trades: what was changed.
         saved_bytes: by how much that lowers the predicted peak; 0 where nothing was changed.
         cheaper: the next plan that needs less; None: this is the cheapest.
-        better: the next faster one; None: this is the recipe as asked.
+        faster: the next faster one; None: this is the recipe as asked.
     """
 
     recipe: Recipe
@@ -72,7 +72,7 @@ class MemoryPlan:
     trades: tuple[Trade, ...] = ()
     saved_bytes: int = 0
     cheaper: Neighbour | None = None
-    better: Neighbour | None = None
+    faster: Neighbour | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values; of the recipe, the settings that were changed."""
@@ -84,7 +84,7 @@ class MemoryPlan:
             "trades": [asdict(trade) for trade in self.trades],
             "saved_bytes": self.saved_bytes,
             "cheaper": asdict(self.cheaper) if self.cheaper else None,
-            "better": asdict(self.better) if self.better else None,
+            "faster": asdict(self.faster) if self.faster else None,
             "ledger": self.ledger.as_dict(),
         }
 
@@ -97,7 +97,7 @@ class MemoryPlan:
             ledger=Ledger.from_dict(values["ledger"]),
             trades=tuple(Trade(**trade) for trade in values["trades"]),
             cheaper=Neighbour(**values["cheaper"]) if values["cheaper"] else None,
-            better=Neighbour(**values["better"]) if values["better"] else None,
+            faster=Neighbour(**values["faster"]) if values["faster"] else None,
             **{name: values[name] for name in names},
         )
 
@@ -140,7 +140,7 @@ def choose(
                 trades=_trades([*tried, (candidate, ledger)]),
                 saved_bytes=max(0, asked.peak_bytes() - ledger.peak_bytes()),
                 cheaper=_cheaper(recipe, candidate, ledger, measure),
-                better=_better(recipe, tried, ledger),
+                faster=_faster(recipe, tried, ledger),
             )
         tried.append((candidate, ledger))
     cheapest, ledger = min(tried, key=lambda pair: needs(pair[1]))
@@ -196,7 +196,7 @@ def _cheaper(recipe: Recipe, chosen: Recipe, ledger: Ledger, measure: Measure) -
     return None
 
 
-def _better(recipe: Recipe, tried: list[tuple[Recipe, Ledger]], ledger: Ledger) -> Neighbour | None:
+def _faster(recipe: Recipe, tried: list[tuple[Recipe, Ledger]], ledger: Ledger) -> Neighbour | None:
     """Of the faster ones, all of which need more than there is, the nearest."""
     above = [pair for pair in tried if needs(pair[1]) > needs(ledger) or device_needs(pair[1]) > device_needs(ledger)]
     return _neighbour(recipe, *above[-1]) if above else None

@@ -94,7 +94,7 @@ def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, seconds:
             or "nothing: the recipe fits as it is"
         )
         facts["next cheaper"] = _beside(found.cheaper, "there is none")
-        facts["next faster"] = _beside(found.better, "there is none: this is the recipe as asked")
+        facts["next faster"] = _beside(found.faster, "there is none: this is the recipe as asked")
     print_facts(console, facts)
     table = Table(box=None, padding=(0, 2))
     for heading, side in (("phase", "left"), ("item", "left"), ("MB", "right"), ("from", "left")):
