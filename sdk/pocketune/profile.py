@@ -43,6 +43,11 @@ class DeviceProfile:
         """What a job can have."""
         return self.memory_bytes - self.system_bytes
 
+    @property
+    def estimates(self) -> tuple[str, ...]:
+        """The figures that nobody measured, by name of the field."""
+        return tuple(name for name, source in self.sources.items() if source.startswith("estimate"))
+
 
 def _profile(
     name: str,

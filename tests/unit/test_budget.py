@@ -13,7 +13,7 @@ from pocketune import cli
 from pocketune.budget import apart, planning
 from pocketune.budget.inputs import latent_channels, text_tokens
 from pocketune.budget.ladder import changes, rungs
-from pocketune.budget.ledger import Ledger, PhaseLedger
+from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.parts import ACTIVATIONS, ENCODERS, POSTERIORS
 from pocketune.budget.search import MemoryPlan, choose, fits, needs
 from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENTS, OTHERS
@@ -245,6 +245,16 @@ def test_profiles_are_of_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     for options in (["--device", "raspberry-pi-5"], []):
         assert CliRunner().invoke(cli.app, ["plan", *options]).exit_code == 2
     assert [question.device for question in questions] == ["cpu", None]
+
+
+def test_the_time_is_a_lower_bound_and_estimates_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = profile_named("raspberry-pi-5").gflops * 1e9
+    items = (Item(name="weights", bytes=FLOOR, formula="all"),)
+    ledger = Ledger(phases=(PhaseLedger(name="training", items=items, flops=round(90 * speed)),))
+    monkeypatch.setattr(planning, "plan_memory", lambda *_: MemoryPlan(recipe=asked(), ledger=ledger, needs_bytes=FLOOR))
+    shown = " ".join(CliRunner().invoke(cli.app, ["plan", "--device", "raspberry-pi-5"]).stdout.split())
+    assert "at least 1 min 30 s, by arithmetic on the processor and a disk of 400 MB/s alone" in shown
+    assert "of raspberry-pi-5, these figures are estimates: system_bytes, gflops" in shown
 
 
 def test_a_control_group_below_the_budget_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

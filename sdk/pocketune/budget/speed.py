@@ -1,4 +1,4 @@
-"""How long a plan will take, roughly: arithmetic at a share of the processor's speed, or the disk where that is slower."""
+"""How long a job takes at the least: its arithmetic at the speed of large matrix products, or the disk where that is slower."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pocketune.cgroups import read_limits
 from pocketune.machine import import_torch, read_cpu
 from pocketune.profile import DeviceProfile
 
-EFFICIENCY = 0.5
-"""Of the speed of large matrix products; the rest goes into everything that is none."""
 UNKNOWN_DISK = 500e6
 """Bytes a second, where no device is named: that of a SATA drive."""
 
@@ -23,8 +21,8 @@ class Speed:
     disk_bytes_per_s: float = UNKNOWN_DISK
 
     def seconds(self, phase: PhaseLedger) -> float:
-        """Weights are read while earlier ones multiply; activations are written and read in between."""
-        arithmetic = phase.flops / (self.gflops * 1e9 * EFFICIENCY)
+        """Weights are read while earlier ones multiply; activations are written and read in between. All else takes no time."""
+        arithmetic = phase.flops / (self.gflops * 1e9)
         return max(arithmetic, phase.read_bytes / self.disk_bytes_per_s) + 2 * phase.written_bytes / self.disk_bytes_per_s
 
     def by_phase(self, ledger: Ledger) -> dict[str, float]:

@@ -21,6 +21,7 @@ from pocketune.units import duration, parse_size, readable_size
 
 if TYPE_CHECKING:
     from pocketune.budget.search import MemoryPlan, Neighbour
+    from pocketune.budget.speed import Speed
 
 _ANY_PROMPT = "a photo of sks toy"
 
@@ -65,17 +66,19 @@ def plan(
         # Profiles are of devices' processors; without one, plan for this machine.
         question = Question(model=model, budget_bytes=budget, device="cpu" if profile else None, where=where)
         found = plan_memory(settings, question)
-        seconds = speed_of(profile).by_phase(found.ledger)
+        speed = speed_of(profile)
+        seconds = speed.by_phase(found.ledger)
     if as_json:
         typer.echo(json.dumps(found.as_dict() | {"model": model, "device": device, "seconds": seconds}))
         return
-    _show(found, model, profile, seconds)
+    _show(found, model, profile, speed, seconds)
 
 
-def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, seconds: dict[str, float]) -> None:
+def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, speed: Speed, seconds: dict[str, float]) -> None:
     console = Console()
     ledger = found.ledger
     facts: dict[str, Any] = {"model": model}
+    disk = readable_size(speed.disk_bytes_per_s)
     if profile:
         facts["device"] = (
             f"{profile.title}: {readable_size(profile.usable_bytes)} of {readable_size(profile.memory_bytes)} can be used"
@@ -85,7 +88,7 @@ def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, seconds:
     facts |= {
         "predicted peak": f"{readable_size(ledger.peak_bytes())} in the phase {ledger.peak_phase().name}",
         "needs": f"{readable_size(found.needs_bytes)}, with a margin for errors of prediction",
-        "time": f"about {duration(sum(seconds.values()))}",
+        "time": f"at least {duration(sum(seconds.values()))}, by arithmetic on the processor and a disk of {disk}/s alone",
         "disk": ", ".join(f"{name} {readable_size(size)}" for name, size in ledger.disk) or "none",
     }
     if found.budget_bytes is not None:
@@ -110,6 +113,8 @@ def _show(found: MemoryPlan, model: str, profile: DeviceProfile | None, seconds:
         notes.append(
             "without a --memory-budget, and with these settings, glibc keeps some freed memory: up to a few 100 MB more"
         )
+    if profile is not None and profile.estimates:
+        notes.append(f"of {profile.name}, these figures are estimates: {', '.join(profile.estimates)}")
     if notes:
         console.print()
         print_lines(console, notes)
