@@ -1,4 +1,4 @@
-"""Memory of the edge runtime: one fresh process a row, on the embedded model and on one of SD3.5-medium's true size."""
+"""Memory of the edge runtime: one fresh process a row, on the built-in model and on one of SD3.5-medium's true size."""
 
 from pathlib import Path
 

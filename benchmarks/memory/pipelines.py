@@ -1,6 +1,6 @@
 """The whole pipeline of Stable Diffusion 3.5 medium in its true size, with random weights: text encoders, VAE and denoiser.
 
-Tokenizers are those of the embedded model and a letter-by-letter one: their vocabularies are small, which saves some MB.
+Tokenizers are those of the built-in model and a letter-by-letter one: their vocabularies are small, which saves some MB.
 """
 
 from __future__ import annotations

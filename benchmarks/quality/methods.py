@@ -14,9 +14,9 @@ from pocketune.pocket.draw import render
 from pocketune.recipe import Recipe
 
 POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 4e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
-"""What differs from the defaults of `Recipe`: the embedded model is small, and was trained with a larger learning rate too."""
+"""What differs from the defaults of `Recipe`: the built-in model is small, and was trained with a larger learning rate too."""
 POCKET_RECIPES = {"pocket-sd3": POCKET_RECIPE, "pocket-sd15": POCKET_RECIPE | {"steps": 600, "learning_rate": 2e-3}}
-"""Of each embedded model; the U-Net learns shapes more slowly, and forgets what prompts mean at 4e-3."""
+"""Of each built-in model; the U-Net learns shapes more slowly, and forgets what prompts mean at 4e-3."""
 
 
 @dataclass(frozen=True, kw_only=True)

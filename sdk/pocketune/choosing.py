@@ -1,4 +1,4 @@
-"""Who personalizes and who judges in a search for blocks: the user's runs and judge, or those of embedded models."""
+"""Who personalizes and who judges in a search for blocks: the user's runs and judge, or those of built-in models."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def choose_blocks(
         model: built-in name, diffusers folder or hub id.
         out: the JSON file to write.
         work: folder of the runs that are made where none are given.
-        runs: RUN folders of this model, one a subject; rendered toys are trained where an embedded model is given none.
-        embedder: "pocket", "dino" or "clip"; default: "pocket" for embedded models, else "dino".
+        runs: RUN folders of this model, one a subject; rendered toys are trained where a built-in model is given none.
+        embedder: "pocket", "dino" or "clip"; default: "pocket" for built-in models, else "dino".
         embedder_model: local folder or hub id of DINO or CLIP.
         seeds: of the images, each for every prompt.
         steps: of the sampler.
         on_progress: called with every bit of progress.
 
     Raises:
-        RecipeError: there are no runs and the model is no embedded one, or no such embedder.
+        RecipeError: there are no runs and the model is no built-in one, or no such embedder.
         ModelError: the embedder cannot be loaded, or the runs are of another model.
     """
-    embedded = model in BUILT_IN
-    if not runs and not embedded:
+    built_in = model in BUILT_IN
+    if not runs and not built_in:
         msg = f"no personalized models of {model}: train a few subjects with `pocketune personalize`, and give each as --run."
         raise RecipeError(msg)
-    name = embedder or ("pocket" if embedded else "dino")
+    name = embedder or ("pocket" if built_in else "dino")
     embed = _embed(name, embedder_model)
     if runs:
         personalized, guidance = [_personalized(run, model) for run in runs], None

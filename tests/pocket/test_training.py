@@ -1,4 +1,4 @@
-"""The training script of the embedded models: what it feeds the denoiser, and that it goes on where it stopped."""
+"""The training script of the built-in models: what it feeds the denoiser, and that it goes on where it stopped."""
 
 import math
 from dataclasses import replace

@@ -187,7 +187,7 @@ def test_an_incomplete_model_or_an_impossible_size_is_said(
     for resolution in (100, 4096):
         with pytest.raises(PlanError, match="multiple of 16 up to 128"):
             generate(model, ["a toy"], resolution=resolution, streamed=streamed)
-    assert open_model(model).source == str(model), "it only bears the name of an embedded model"
+    assert open_model(model).source == str(model), "it only bears the name of a built-in model"
     shutil.rmtree(model / missing)
     with pytest.raises(ModelError, match="cannot load"):
         generate(model, ["a toy"], streamed=streamed)

@@ -107,7 +107,7 @@ class ModelFolder:
         return self.family.text_length(self)
 
     def note(self) -> str | None:
-        """What a report should say about an embedded model that is not fully trained."""
+        """What a report should say about a built-in model that is not fully trained."""
         path = self.path / "training.json"
         training = _read_json(path, "the training record is damaged") if path.exists() else {}
         if training.get("finished", True):

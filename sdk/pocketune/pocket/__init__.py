@@ -1,1 +1,1 @@
-"""The embedded models: scenes, renderer, training script, weights, and the judges of quality."""
+"""The built-in models: scenes, renderer, training script, weights, and the judges of quality."""

@@ -1,4 +1,4 @@
-"""Train the VAE that the embedded models share (stage 1 of `python -m pocketune.pocket.train`).
+"""Train the VAE that the built-in models share (stage 1 of `python -m pocketune.pocket.train`).
 
 An `AutoencoderKL` with 8x down-sampling; L1, L2 and edge losses, a small KL term. Two thirds of the work is on 64-pixel crops,
 which are four times cheaper; whole 128-pixel images keep it honest.

@@ -1,4 +1,4 @@
-"""Measure an embedded model on held-out scenes and write its model card: `python -m pocketune.pocket.card FOLDER`."""
+"""Measure a built-in model on held-out scenes and write its model card: `python -m pocketune.pocket.card FOLDER`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def measure(folder: Path, *, prompts: int = 200) -> dict[str, Any]:
 
 
 def write_card(folder: Path, measured: dict[str, Any]) -> None:
-    """Write `measurements.json` and `README.md` into the folder of an embedded model, which has its name."""
+    """Write `measurements.json` and `README.md` into the folder of a built-in model, which has its name."""
     pocket = MODELS[folder.name]
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     write_text(folder / "measurements.json", json.dumps(measured, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Train the denoiser of an embedded model (stage 3 of the training script); one loop for every architecture.
+"""Train the denoiser of a built-in model (stage 3 of the training script); one loop for every architecture.
 
 Latents are computed once; every sample then draws its own noise, timestep and caption. The learning rate warms up, stays, and
 decays at the end, so that a longer run can go on from any restart point of the plateau.
@@ -39,7 +39,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PocketDenoiser:
-    """What the training of an embedded model must know of its architecture.
+    """What the training of a built-in model must know of its architecture.
 
     Attributes:
         component: folder and attribute of the denoiser in the pipeline.

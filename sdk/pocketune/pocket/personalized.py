@@ -1,4 +1,4 @@
-"""Personalized models of rendered toys, for the search of blocks that an embedded model can go without.
+"""Personalized models of rendered toys, for the search of blocks that a built-in model can go without.
 
 The toys are of those that trainings may see, so that none is a subject of PocketBooth.
 """
@@ -33,7 +33,7 @@ def personalized_toys(
     """Train a LoRA of each of some toys, with every block; those that are finished in `work` already are not trained again.
 
     Args:
-        model: an embedded model.
+        model: a built-in model.
         work: folder of the photos and runs.
         count: how many toys.
         steps: of each training.

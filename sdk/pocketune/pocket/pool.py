@@ -1,4 +1,4 @@
-"""The scenes that the embedded denoisers learn from: rendered, encoded once, and captioned anew whenever they are drawn."""
+"""The scenes that the built-in denoisers learn from: rendered, encoded once, and captioned anew whenever they are drawn."""
 
 from __future__ import annotations
 

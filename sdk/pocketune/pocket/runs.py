@@ -1,4 +1,4 @@
-"""Progress log and restart point of one training stage of the embedded models; safetensors and JSON only."""
+"""Progress log and restart point of one training stage of the built-in models; safetensors and JSON only."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a rendered scene holds and how a caption describes it.
 
-The embedded models are trained on scenes that this package draws itself, so that every photograph comes
+The built-in models are trained on scenes that this package draws itself, so that every photograph comes
 with a true caption and true labels. A scene is plain data; `pocketune.pocket.draw` turns it into pixels.
 """
 

@@ -1,4 +1,4 @@
-"""The tokenizer and the two CLIP-style text encoders of the embedded models (stage 2 of the training script).
+"""The tokenizer and the two CLIP-style text encoders of the built-in models (stage 2 of the training script).
 
 CLIP's encoders learn from image and caption pairs; these small ones learn from the scenes' labels, which say the same with less
 noise: the pooled embedding must tell which attributes a caption names. They go on learning with the denoiser.

@@ -1,4 +1,4 @@
-"""Train an embedded model from nothing: `python -m pocketune.pocket.train --model pocket-sd3 --out FOLDER`.
+"""Train a built-in model from nothing: `python -m pocketune.pocket.train --model pocket-sd3 --out FOLDER`.
 
 Stages: the VAE, the text encoders, the denoiser; then the parts are assembled into an ordinary diffusers folder. Each stage
 can be stopped at any time and goes on from its last restart point; the run's state lies in FOLDER/.training. On a CPU one
