@@ -24,8 +24,10 @@ def parse_size(text: str) -> int:
 
 
 def readable_size(size_bytes: float) -> str:
-    """Bytes as a person reads them: 3.2 MB, 1,234 MB, and 25.3 GB from 10 GB on."""
+    """Bytes as a person reads them: 3.2 MB, 1,234 MB, 25.3 GB from 10 GB on, and 41.5 kB below 0.1 MB."""
     size = size_bytes / 1e6
+    if 0 < size < 0.1:
+        return f"{size_bytes / 1e3:.1f} kB"
     if size >= 10_000:
         return f"{size / 1e3:.1f} GB"
     return f"{size:,.0f} MB" if size >= 100 else f"{size:.1f} MB"

@@ -112,7 +112,7 @@ def test_a_bundle_is_hashed_with_progress(sound: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert (
         "trained_parameters" in out
-        and re.search(r"^bytes +[0-9.]+ MB$", out, re.MULTILINE)
+        and re.search(r"^bytes +[0-9.]+ [kM]B$", out, re.MULTILINE)
         and err.startswith("bundle  ")
         and "megabyte" in err
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,3 +340,10 @@ def test_facts_are_printed_in_units_and_nested() -> None:
     ]
     assert sum(line.count("x") for line in lines[9:]) == 300 and lines[-1].endswith("...")
     assert printable("a\x07\x1b\nb") == "a   b"
+
+
+def test_files_of_a_bundle_are_shown_in_units(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema_version": 1, "graphs": {}}')
+    (tmp_path / "train.onnx").write_bytes(bytes(1_500_000))
+    shown = runner.invoke(cli.app, ["inspect", str(tmp_path)]).stdout
+    assert re.search(r"train.onnx +1.5 MB", shown)

@@ -27,7 +27,14 @@ def test_a_size_is_written_as_it_may_be_asked_for(text: str) -> None:
 
 
 def test_sizes_are_decimal() -> None:
-    assert [readable_size(b) for b in (3_240_000, 1_234_000_000, 25_277_000_000)] == ["3.2 MB", "1,234 MB", "25.3 GB"]
+    sizes = [
+        (0, "0.0 MB"),
+        (41_500, "41.5 kB"),
+        (3_240_000, "3.2 MB"),
+        (1_234_000_000, "1,234 MB"),
+        (25_277_000_000, "25.3 GB"),
+    ]
+    assert [readable_size(size_bytes) for size_bytes, _ in sizes] == [text for _, text in sizes]
 
 
 def test_durations_carry_what_rounds_up() -> None:

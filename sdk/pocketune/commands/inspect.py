@@ -30,6 +30,8 @@ def inspect(
         return
     console = Console()
     console.print(Text(f"{found.kind}  {printable(found.path)}  {readable_size(found.size_bytes)}", style="bold"))
-    sizes = {name: readable_size(size) for name, size in found.facts["files"].items()} if found.kind == "bundle" else {}
-    print_facts(console, found.facts | ({"files": sizes} if sizes else {}))
+    facts = dict(found.facts)
+    if found.kind == "bundle":
+        facts["files"] = {name: readable_size(size) for name, size in facts["files"].items()}
+    print_facts(console, facts)
     print_lines(console, found.notes)
