@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from pocketune.record import RunRecord
+from pocketune.runfolder import RECORD_FILE
 
 SIDE, GAP, MARGIN = 192, 8, 76
 INK, PAPER = (60, 60, 67), (255, 255, 255)
@@ -13,7 +14,7 @@ INK, PAPER = (60, 60, 67), (255, 255, 255)
 
 def main(run: Path, out: Path) -> None:
     """Three rows: the photos, then each prompt before and after training, from the same seed."""
-    record = RunRecord.read(run / "run.json")
+    record = RunRecord.read(run / RECORD_FILE)
     rows = [
         ("photos", [Image.open(path) for path in sorted((run / "photos").iterdir())]),
         ("before", [Image.open(run / pair.before) for pair in record.samples]),

@@ -21,6 +21,7 @@ from benchmarks.edge_memory.table import WEIGHTS, memory_table
 from benchmarks.rows import Row, add_output_options, append_row, read_rows
 from pocketune.atomic import write_text
 from pocketune.errors import PocketuneError, RunError
+from pocketune.runfolder import DEVICE_RECORD_FILE
 
 MODELS = ("pocket-sd3", "sd35-medium")
 MODES = ("streaming", "one graph")
@@ -86,7 +87,7 @@ def _record_of(bundle: Path, mode: str, *, steps: int, run: Path) -> dict[str, A
     command = [sys.executable, "-m", "pocketune_edge.cli", "personalize", str(bundle), str(PHOTOS), "--out", str(run)]
     command += ["--steps", str(steps), "--threads", "1", "--json", "--quiet"]
     _output_of([*command, "--streaming"] if mode == "streaming" else command)
-    record: dict[str, Any] = json.loads((run / "edge.json").read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((run / DEVICE_RECORD_FILE).read_text(encoding="utf-8"))
     return record
 
 

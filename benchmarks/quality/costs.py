@@ -18,7 +18,7 @@ from benchmarks.rows import Row, append_row, read_rows
 from pocketune.errors import RunError
 from pocketune.memory import MemoryReading
 from pocketune.record import RunRecord
-from pocketune.report import RECORD_FILE
+from pocketune.runfolder import RECORD_FILE
 
 KEY = ("model", "weights", "settings", "method", "repeat")
 """What tells one row from another."""

@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.quality.subjects import AskedPrompt, BoothSubject, asked_scene
 from pocketune.pocket.draw import render
 from pocketune.recipe import Recipe
+from pocketune.runfolder import RECORD_FILE
 
 POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 4e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
 """What differs from the defaults of `Recipe`: the built-in model is small, and was trained with a larger learning rate too."""
@@ -190,7 +191,7 @@ class PocketunePainter:
 
         run = self._work / method.name / f"{subject.name}-{seed}"
         weights = run / tuning.METHODS[method.changes.get("method", "lora")].result
-        if (run / "run.json").exists() and weights.exists():
+        if (run / RECORD_FILE).exists() and weights.exists():
             return weights
         recipe = method_recipe(method, subject_recipe(subject, self._recipe) | {"seed": seed})
         pocketune.personalize(

@@ -13,12 +13,13 @@ from pocketune.atomic import replacing
 from pocketune.errors import RunError
 from pocketune.memory import read_memory
 from pocketune.progress import Progress
+from pocketune.runfolder import DEVICE_RECORD_FILE
 from pocketune.units import duration, readable_size
 from pocketune_edge.bundle import Bundle, open_bundle, telling
 from pocketune_edge.delta import RESULTS, find_result, load_result, neutral
 from pocketune_edge.display import Display, printable, say
 from pocketune_edge.errors import SettingError
-from pocketune_edge.job import RECORD_FILE, personalize
+from pocketune_edge.job import personalize
 from pocketune_edge.sample import render
 from pocketune_edge.session import Sessions
 from pocketune_edge.settings import CHANGEABLE, settings_of
@@ -40,7 +41,7 @@ def _personalize(given: argparse.Namespace) -> None:
     result = {
         "run": str(given.out),
         record["method"]: str(given.out / record["result"]),
-        "record": str(given.out / RECORD_FILE),
+        "record": str(given.out / DEVICE_RECORD_FILE),
         "steps": len(record["losses"]),
         "last_loss": record["losses"][-1],
         **{name: record[name] for name in ("streaming", "seconds", "peaks")},

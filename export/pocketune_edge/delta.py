@@ -14,14 +14,14 @@ from safetensors.numpy import load, save
 
 from pocketune.atomic import replacing
 from pocketune.headers import with_sorted_metadata
+from pocketune.runfolder import LORA_FILE, SCALES_FILE
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.denoiser import Floats
 from pocketune_edge.errors import BundleError, LoraError
 from pocketune_edge.manifest import Lora, Parameter, Tuned
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-RESULTS = {"lora": Path("lora") / LORA_FILE, "scales": Path("scales/pocketune_scales.safetensors")}
-"""By method, the result in a RUN folder."""
+RESULTS = {"lora": LORA_FILE, "scales": SCALES_FILE}
+"""By method that a bundle may have, the result in a RUN folder."""
 _MAX_HEADER_BYTES = 100_000_000
 
 

@@ -44,11 +44,6 @@ def check_bound(manifest: Manifest, *, draws: int, limit_mb: int, bfloat16: bool
         raise PlanError(msg)
 
 
-def key_of(draw: Draw) -> int:
-    """The cache's number of a draw: photos even, class images odd."""
-    return 2 * draw.index + (draw.kind == "class")
-
-
 def precompute(
     denoiser: Denoiser,
     batches: Sequence[Sequence[Draw]],
@@ -69,7 +64,7 @@ def precompute(
         on_sample: called with (done, total) steps' draws.
     """
     distinct = list(dict.fromkeys(tuple(draws) for draws in batches))
-    wanted = [draws for draws in distinct if not all(key_of(draw) in cache for draw in draws)]
+    wanted = [draws for draws in distinct if not all(draw.cache_number in cache for draw in draws)]
     total = sum(len(draws) for draws in distinct)
     done = total - sum(len(draws) for draws in wanted)
     on_sample(done, total)
@@ -77,8 +72,8 @@ def precompute(
         for chunk in _chunks(denoiser, wanted):
             for draws, features in _features(denoiser, chunk, make_batch):
                 for draw, values in zip(draws, features, strict=True):
-                    if key_of(draw) not in cache:
-                        cache.put(key_of(draw), values)
+                    if draw.cache_number not in cache:
+                        cache.put(draw.cache_number, values)
                 done += len(draws)
             on_sample(done, total)
     finally:

@@ -21,7 +21,15 @@ from pocketune.errors import Interrupted, NoEffectError
 from pocketune.memory import MemoryLog
 from pocketune.photos import MAX_PHOTO_SIDE, Photo, load_made_images, load_photos
 from pocketune.progress import OnProgress, ignore
-from pocketune.runfolder import run_folder
+from pocketune.runfolder import (
+    CHECKPOINTS,
+    DEVICE_RECORD_FILE,
+    FEATURES,
+    class_image_paths,
+    hash_of,
+    run_fingerprint,
+    run_folder,
+)
 from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
 from pocketune.watch import Watch
 from pocketune_edge.batches import BatchMaker, encode_crops
@@ -32,14 +40,12 @@ from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.features import check_bound, precompute
 from pocketune_edge.sample import GROUP, render
 from pocketune_edge.session import Sessions
-from pocketune_edge.settings import Settings, fingerprint, settings_of
-from pocketune_edge.settings import key_of as hash_of
+from pocketune_edge.settings import Settings, settings_of
 from pocketune_edge.state import CheckpointFolder, State
 from pocketune_edge.steps import Mode, check_mode, stepper_of
 from pocketune_edge.text import Prompt, encode_prompts
 from pocketune_edge.train import train
 
-RECORD_FILE = "edge.json"
 _LIBRARIES = ("pocketune", "onnxruntime", "numpy", "pillow", "safetensors", "tokenizers")
 
 
@@ -93,7 +99,7 @@ class Job:
         prompt, count = self.settings.class_prompt, self.settings.class_images
         if not prompt:
             return []
-        paths = [self.run / "class_images" / f"{number:03d}.png" for number in range(count)]
+        paths = class_image_paths(self.run, count)
         # Whole groups, so that each image has the same neighbours in its batch when a stopped run goes on.
         groups = [range(start, min(start + GROUP, count)) for start in range(0, count, GROUP)]
         missing = [number for group in groups if not all(paths[number].exists() for number in group) for number in group]
@@ -166,7 +172,7 @@ class Job:
             return None
         # Each block is used once for many draws, so keeping it open would cost memory and save nothing.
         with self.phase("features", resumable=True, keep=False) as sessions:
-            cache = FeatureCache(self.run / "features" / f"edge-{key}", bfloat16=self.settings.cache_dtype == "bfloat16")
+            cache = FeatureCache(self.run / FEATURES / f"edge-{key}", bfloat16=self.settings.cache_dtype == "bfloat16")
             precompute(
                 Denoiser(sessions),
                 batches,
@@ -254,13 +260,13 @@ def personalize(
         with job.phase("photos"):
             loaded = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         hashes = [photo.sha256 for photo in loaded]
-        identity = fingerprint(opened.manifest, recipe, hashes)
+        identity = run_fingerprint(recipe, model=opened.manifest.model.sha256, photos=hashes)
         job.check(loaded)
         with run_folder(run, resume=resume, fingerprint=identity):
             prompts = job.encode_prompts()
             batches, make_batch = job.prepare_samples(loaded, job.make_class_images(), prompts)
             cache = job.fill_cache(batches, make_batch, hash_of({"run": identity, "bundle": _content(opened)}))
-            checkpoints = CheckpointFolder(run / "checkpoints", opened.manifest.tuned, fingerprint=identity)
+            checkpoints = CheckpointFolder(run / CHECKPOINTS, opened.manifest.tuned, fingerprint=identity)
             state = job.train(batches, make_batch, cache, checkpoints)
             record = {
                 "model": asdict(opened.manifest.model),
@@ -278,7 +284,7 @@ def personalize(
                 "versions": {name: version(name) for name in _LIBRARIES},
                 "started": started,
             }
-            write_text(run / RECORD_FILE, json.dumps(record, indent=1) + "\n")
+            write_text(run / DEVICE_RECORD_FILE, json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -116,13 +113,3 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
         raise SettingError(msg) from error
     # As they were read: 1 for a rate is 1.0, which has another fingerprint.
     return settings, manifest.recipe | {name: getattr(settings, name) for name in given}
-
-
-def fingerprint(manifest: Manifest, recipe: dict[str, Any], photos: Sequence[str]) -> str:
-    """What must not change between the parts of a run, as `pocketune.job` computes it. photos: the sha256 of each."""
-    return key_of({"recipe": recipe, "model": manifest.model.sha256, "photos": list(photos)})
-
-
-def key_of(parts: dict[str, Any]) -> str:
-    """A short hash of plain data, as `pocketune.features.cache.cache_key` computes it."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,6 @@ from pocketune.errors import Interrupted, RunError
 from pocketune.sampling.draws import Draw
 from pocketune_edge.batches import BatchMaker
 from pocketune_edge.cache import FeatureCache
-from pocketune_edge.features import key_of
 from pocketune_edge.settings import Settings
 from pocketune_edge.state import CheckpointFolder, State
 from pocketune_edge.steps import Stepper
@@ -47,7 +46,7 @@ def train(
     try:
         while state.step < settings.steps:
             draws = batches[state.step]
-            features = [cache.get(key_of(draw)) for draw in draws] if cache is not None else ()
+            features = [cache.get(draw.cache_number) for draw in draws] if cache is not None else ()
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
                 following = stepper(state, make_batch(draws, features)).state
             loss = following.losses[-1]

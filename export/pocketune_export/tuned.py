@@ -13,23 +13,21 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save
 from torch import nn
 
-from pocketune.delta import LORA_FILE, save_lora
+from pocketune.delta import save_lora
 from pocketune.errors import RecipeError
 from pocketune.headers import with_sorted_metadata
 from pocketune.methods.lora import ADAPTER, add_lora, start_values
-from pocketune.methods.scales import ScalesMethod, digest_of, metadata_of, quantization_of, trained_layers
+from pocketune.methods.scales import digest_of, metadata_of, quantization_of, trained_layers
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.runfolder import LORA_FILE, SCALES_FILE
 from pocketune.weights.quantizers import packs
 from pocketune_export import manifest as m
 from pocketune_export.layout import Layout
 from pocketune_export.scaled import add_scales, remove_scales
 from pocketune_export.sources import DenoiserWeights
 from pocketune_export.weights import Packing
-
-LORA_PATH = f"lora/{LORA_FILE}"
-SCALES_PATH = ScalesMethod.result.as_posix()
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _lora(adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe) -> Trained:
     with tempfile.TemporaryDirectory() as scratch:
         content = save_lora(adapter, Path(scratch)).read_bytes()
     real = {name: adapter.model.get_parameter(name) for name in parameters}
-    return Trained(real, LORA_PATH, content, m.Lora(rank=recipe.rank, alpha=float(recipe.rank), targets=targets))
+    return Trained(real, LORA_FILE.as_posix(), content, m.Lora(rank=recipe.rank, alpha=float(recipe.rank), targets=targets))
 
 
 def _scales(
@@ -103,7 +101,7 @@ def _scales(
         for interval in range(recipe.scale_intervals)
     }
     content = with_sorted_metadata(save(tensors, metadata_of(recipe, adapter.model, codes=codes)))
-    return Trained(parameters, SCALES_PATH, content, None)
+    return Trained(parameters, SCALES_FILE.as_posix(), content, None)
 
 
 def take_out(model: nn.Module, names: Iterable[str]) -> None:

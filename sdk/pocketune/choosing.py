@@ -13,7 +13,7 @@ from pocketune.pocket.judges import load_subject_embedder
 from pocketune.pocket.personalized import personalized_toys
 from pocketune.progress import OnProgress, ignore
 from pocketune.record import RunRecord
-from pocketune.report import RECORD_FILE
+from pocketune.runfolder import RECORD_FILE
 from pocketune.selection import Embed, Personalized, select_blocks
 
 EMBEDDERS = ("pocket", "dino", "clip")

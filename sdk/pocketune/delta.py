@@ -26,8 +26,8 @@ from pocketune.methods.lora import ADAPTER
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.quiet import quiet_libraries
 from pocketune.models.registry import FAMILIES, family_of
+from pocketune.runfolder import LORA_FILE
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 
@@ -38,7 +38,7 @@ def save_lora(adapter: DenoiserAdapter, folder: Path) -> Path:
         name: value.contiguous() for name, value in get_peft_model_state_dict(adapter.model, adapter_name=ADAPTER).items()
     }
     config = _plain(adapter.model.peft_config[ADAPTER].to_dict())
-    path = folder / LORA_FILE
+    path = folder / LORA_FILE.name
     family = family_of(adapter.model)
     with replacing(path) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as scratch:
         if hasattr(family.pipeline, "save_lora_weights"):
@@ -52,12 +52,12 @@ def save_lora(adapter: DenoiserAdapter, folder: Path) -> Path:
                 LoraBaseMixin.pack_weights(layers, family.component),
                 scratch,
                 is_main_process=True,
-                weight_name=LORA_FILE,
+                weight_name=path.name,
                 save_function=None,
                 safe_serialization=True,
                 lora_adapter_metadata=LoraBaseMixin.pack_weights(config, family.component),
             )
-        partial.write_bytes(with_sorted_metadata((Path(scratch) / LORA_FILE).read_bytes()))
+        partial.write_bytes(with_sorted_metadata((Path(scratch) / path.name).read_bytes()))
     return path
 
 

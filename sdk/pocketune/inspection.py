@@ -12,14 +12,20 @@ from pocketune.bundlefile import describe_bundle, is_archived_bundle
 from pocketune.errors import FileFormatError
 from pocketune.jsonfile import read_object
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
+from pocketune.runfolder import (
+    CHECKPOINTS,
+    CLASS_IMAGES,
+    DEVICE_RECORD_FILE,
+    LORA_FILE,
+    METHOD_KEY,
+    RECORD_FILE,
+    REPORT_FILE,
+    SCALES_FILE,
+    TOKEN_FILE,
+)
 from pocketune.scalesfile import describe_scales
 from pocketune.tensorfile import TensorFile, open_tensor_file
 from pocketune.weights.files import weight_files
-
-LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
-SCALES_FILE = Path("scales/pocketune_scales.safetensors")
-TOKEN_FILE = Path("token/learned_embeds.safetensors")
-_RECORDS = ("run.json", "edge.json")  # of a run on this side, or on a device
 
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -96,14 +102,14 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _inspect_model(folder)
     if (folder / "manifest.json").is_file():
         return _inspect_bundle(folder)
-    of_a_run = any((folder / name).is_file() for name in ("run.json", LORA_FILE, SCALES_FILE, TOKEN_FILE))
-    if of_a_run or (folder / "checkpoints").is_dir():
+    of_a_run = any((folder / name).is_file() for name in (RECORD_FILE, LORA_FILE, SCALES_FILE, TOKEN_FILE))
+    if of_a_run or (folder / CHECKPOINTS).is_dir():
         return _inspect_run(folder)
     tensors = [entry for entry in sorted(folder.glob("*.safetensors")) if not entry.name.startswith(".")]
     if len(tensors) == 1:
         return _inspect_tensors(open_tensor_file(tensors[0]))
     msg = (
-        f"{folder} is not recognised: expected run.json or checkpoints (a run), model_index.json (a diffusers model), "
+        f"{folder} is not recognised: expected {RECORD_FILE} or checkpoints (a run), model_index.json (a diffusers model), "
         f"manifest.json (a bundle) or a single .safetensors file, found {len(tensors)} of the latter. Name the file itself."
     )
     raise FileFormatError(msg)
@@ -117,10 +123,10 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
         "tensors": len(file.tensors),
         "metadata": {key[:200]: value[:2000] for key, value in file.metadata.items()},
     }
-    if file.metadata.get("pocketune_method") == "scales":
+    if file.metadata.get(METHOD_KEY) == "scales":
         scales, notes = describe_scales(file)
         return Inspection(kind="scales", path=str(file.path), size_bytes=file.size_bytes, facts=facts | scales, notes=notes)
-    if file.metadata.get("pocketune_method") == "token":
+    if file.metadata.get(METHOD_KEY) == "token":
         facts |= {"token": file.metadata.get("token", "unknown"), "text_encoders": sorted(file.tensors)}
         return Inspection(kind="token", path=str(file.path), size_bytes=file.size_bytes, facts=facts)
     if not pairs:
@@ -131,14 +137,14 @@ def _inspect_tensors(file: TensorFile) -> Inspection:
 
 
 def _inspect_run(folder: Path) -> Inspection:
-    found = next((name for name in _RECORDS if (folder / name).is_file()), None)
+    found = next((name for name in (RECORD_FILE, DEVICE_RECORD_FILE) if (folder / name).is_file()), None)
     record = read_object(folder / found) if found is not None else {}
-    checkpoints = [name for name in _names(folder / "checkpoints") if name.endswith(".safetensors")]
+    checkpoints = [name for name in _names(folder / CHECKPOINTS) if name.endswith(".safetensors")]
     notes: tuple[str, ...] = ()
     steps = None
     if checkpoints:
         try:
-            steps = open_tensor_file(folder / "checkpoints" / checkpoints[-1]).metadata.get("step")
+            steps = open_tensor_file(folder / CHECKPOINTS / checkpoints[-1]).metadata.get("step")
         except FileFormatError as error:
             notes = (f"The newest checkpoint cannot be used: {error}",)
     facts: dict[str, Any] = {
@@ -146,10 +152,10 @@ def _inspect_run(folder: Path) -> Inspection:
         "resumable": steps is not None,
         "checkpoint_step": int(steps) if steps is not None and steps.isdecimal() else None,
         "checkpoints": checkpoints,
-        "report": (folder / "report.html").is_file(),
+        "report": (folder / REPORT_FILE).is_file(),
         "samples": len([name for name in _names(folder / "samples") if name.endswith("-after.png")]),
         "photos": len(_names(folder / "photos")),
-        "class_images": len(_names(folder / "class_images")),
+        "class_images": len(_names(folder / CLASS_IMAGES)),
     }
     facts |= {key: record[key] for key in ("model", "model_kind", "started", "recipe", "check") if key in record}
     if (folder / LORA_FILE).is_file():

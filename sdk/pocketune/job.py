@@ -17,7 +17,6 @@ from pocketune.atomic import replacing
 from pocketune.budget.search import MemoryPlan
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RecipeError
-from pocketune.features.cache import cache_key
 from pocketune.memory import MemoryLog
 from pocketune.models.load import open_model
 from pocketune.phases.blocks import check_resolution, plan_blocks
@@ -32,7 +31,7 @@ from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
-from pocketune.runfolder import JOB_FILE, run_folder
+from pocketune.runfolder import CHECKPOINTS, FEATURES, JOB_FILE, run_fingerprint, run_folder
 from pocketune.sample import default_device
 from pocketune.sampling.draws import Kind, refresh_periods
 from pocketune.watch import Watch
@@ -158,7 +157,7 @@ def _run(
     recipe = job.recipe
     check_resolution(job)
     plan = plan_blocks(job)
-    fingerprint = cache_key({"recipe": recipe.model_dump(), "model": job.folder.fingerprint(), "photos": photo_hashes(photos)})
+    fingerprint = run_fingerprint(recipe.model_dump(), model=job.folder.fingerprint(), photos=photo_hashes(photos))
     with run_folder(job.run, resume=resume, fingerprint=fingerprint):
         if memory_plan is not None:
             keep_memory_plan(memory_plan, job.run)
@@ -168,8 +167,8 @@ def _run(
             "class": make_class_images(job),
         }
         batches = draw(job, images)
-        root = Path(features) if features else job.run / "features"
-        checkpoints = CheckpointFolder(job.run / "checkpoints", fingerprint=fingerprint)
+        root = Path(features) if features else job.run / FEATURES
+        checkpoints = CheckpointFolder(job.run / CHECKPOINTS, fingerprint=fingerprint)
         for steps in refresh_periods(recipe):
             if steps.stop <= checkpoints.newest_step and steps.stop < recipe.steps:
                 continue  # trained before the run was stopped; its features may be gone

@@ -17,11 +17,10 @@ from PIL import Image
 from pocketune.atomic import write_text
 from pocketune.errors import RunError
 from pocketune.record import RunRecord
+from pocketune.runfolder import RECORD_FILE, REPORT_FILE
 from pocketune.sampling.choices import Choice
 from pocketune.units import duration, readable_size
 
-REPORT_FILE = "report.html"
-RECORD_FILE = "run.json"
 _SAMPLE_SIDE = 512
 _THUMBNAIL_SIDE = 160
 _MAX_THUMBNAILS = 24

@@ -1,10 +1,14 @@
-"""The folder of a run, whichever runtime makes it: new or taken up again, and never left half-made."""
+"""The folder of a run, whichever runtime makes it: its files, and that it is new or taken up again and never left half-made.
+
+What is here is agreed between both runtimes: a run that the one began the other goes on with, and reads the result of.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,41 @@ from typing import Any
 from pocketune.atomic import write_text
 from pocketune.errors import Interrupted, RunError
 
+# The result, by what is tuned.
+LORA_FILE = Path("lora/pytorch_lora_weights.safetensors")
+SCALES_FILE = Path("scales/pocketune_scales.safetensors")
+TOKEN_FILE = Path("token/learned_embeds.safetensors")
+METHOD_KEY = "pocketune_method"
+"""Metadata of a result: the method that made it; a LoRA names none."""
 JOB_FILE = "job.json"
-SLOW = ("checkpoints/*.safetensors", "class_images/*.png", "features/*/*.safetensors")
+# What was measured, here or on a device; its presence says that the run is complete.
+RECORD_FILE = "run.json"
+DEVICE_RECORD_FILE = "edge.json"
+REPORT_FILE = "report.html"
+CHECKPOINTS, CLASS_IMAGES, FEATURES = "checkpoints", "class_images", "features"
+SLOW = (f"{CHECKPOINTS}/*.safetensors", f"{CLASS_IMAGES}/*.png", f"{FEATURES}/*/*.safetensors")
 """What takes long to make, and is found again by a resumed run."""
+
+
+def hash_of(parts: Mapping[str, Any]) -> str:
+    """A short hash of plain data: the name of what follows from it. Tuples count as lists, 1 and 1.0 differ."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_fingerprint(recipe: Mapping[str, Any], *, model: str, photos: Sequence[str]) -> str:
+    """A hash of what must not change between the parts of a run.
+
+    Args:
+        recipe: all of its fields.
+        model: fingerprint of its weights.
+        photos: the sha256 of each file.
+    """
+    return hash_of({"recipe": recipe, "model": model, "photos": list(photos)})
+
+
+def class_image_paths(run: Path, count: int) -> list[Path]:
+    """Where a run keeps the images that the base model makes of the class."""
+    return [run / CLASS_IMAGES / f"{number:03d}.png" for number in range(count)]
 
 
 @contextmanager

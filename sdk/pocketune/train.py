@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RunError
 from pocketune.features.cache import FeatureCache
-from pocketune.features.precompute import key_of
 from pocketune.gradients.zeroth_order import Estimate, ZerothOrder
 from pocketune.methods.base import Tuned, unchanged
 from pocketune.models.base import DenoiserAdapter
@@ -246,4 +245,4 @@ def output_loss(output: Tensor, recipe: Recipe, batch: Batch) -> Tensor:
 def _features(cache: FeatureCache | None, draws: Sequence[Draw], make_batch: BatchMaker) -> Features:
     if cache is None:
         return {}
-    return cache.get([key_of(draw) for draw in draws], device=make_batch.device, dtype=make_batch.dtype)
+    return cache.get([draw.cache_number for draw in draws], device=make_batch.device, dtype=make_batch.dtype)

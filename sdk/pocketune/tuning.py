@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from pocketune.delta import LORA_FILE, check_lora_loads, load_lora, save_lora, trained_norms
+from pocketune.delta import check_lora_loads, load_lora, save_lora, trained_norms
 from pocketune.errors import FileFormatError, first_line
-from pocketune.methods.base import METHOD_KEY, Tuned, TuningMethod
+from pocketune.methods.base import Tuned, TuningMethod
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import ScalesMethod
 from pocketune.methods.token import TokenMethod
@@ -17,12 +17,13 @@ from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.runfolder import LORA_FILE, METHOD_KEY
 
 
 class LoraMethod:
     """LoRA on the kept blocks, in the file that stock diffusers loads."""
 
-    result = Path("lora") / LORA_FILE
+    result = LORA_FILE
 
     def attach(
         self,
@@ -78,7 +79,7 @@ def find_result(path: str | Path) -> Path:
     for candidate in (path, *(path / result.name for result in results), *(path / result for result in results)):
         if candidate.is_file() and candidate.suffix == ".safetensors":
             return candidate
-    msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE}."
+    msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE.name}."
     raise FileFormatError(msg)
 
 

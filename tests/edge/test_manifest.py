@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from pocketune.runfolder import run_fingerprint
 from pocketune_edge.bundle import open_bundle
 from pocketune_edge.errors import BundleError
 from pocketune_edge.reading import read_manifest
-from pocketune_edge.settings import fingerprint, settings_of
+from pocketune_edge.settings import settings_of
 from pocketune_export.manifest import Manifest
 from tests.edge.handmade import TOKENS, WIDTH, read_manifest_json, seal
 
@@ -104,7 +105,7 @@ def test_a_whole_number_is_the_rate_that_it_stands_for(sound: Path) -> None:
     manifest = open_bundle(sound).manifest
     (asked, whole), (_, rate) = (settings_of(manifest, {"learning_rate": value, "steps": 3}) for value in (1, 1.0))
     assert asked.learning_rate == 1
-    assert fingerprint(manifest, whole, []) == fingerprint(manifest, rate, [])
+    assert run_fingerprint(whole, model="m", photos=[]) == run_fingerprint(rate, model="m", photos=[])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"schema_version": 1e400}', b"\xff\xfe"])

@@ -158,10 +158,12 @@ def test_class_images_and_larger_batches(tiny_folder: Path, whole_bundle: Path, 
 
 def _fingerprint(bundle: Path, changes: dict[str, Any], photos: Path) -> str:
     from pocketune.photos import load_photos
-    from pocketune_edge.settings import fingerprint, settings_of
+    from pocketune.runfolder import run_fingerprint
+    from pocketune_edge.settings import settings_of
 
     manifest = open_bundle(bundle).manifest
-    return fingerprint(manifest, settings_of(manifest, changes)[1], [photo.sha256 for photo in load_photos(photos)])
+    hashes = [photo.sha256 for photo in load_photos(photos)]
+    return run_fingerprint(settings_of(manifest, changes)[1], model=manifest.model.sha256, photos=hashes)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

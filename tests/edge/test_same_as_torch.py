@@ -15,10 +15,10 @@ from torch import nn
 from pocketune import checkpoint as torch_checkpoint
 from pocketune.delta import save_lora as save_lora_with_diffusers
 from pocketune.errors import RunError
-from pocketune.features.cache import cache_key
 from pocketune.methods.lora import add_lora
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
+from pocketune.runfolder import run_fingerprint
 from pocketune.sampling.batches import NoiseSchedule as TorchNoiseSchedule
 from pocketune.train import new_optimizer
 from pocketune_edge.bundle import Bundle
@@ -28,7 +28,7 @@ from pocketune_edge.errors import LoraError, SettingError
 from pocketune_edge.manifest import DdimSteps, Lora, NoiseSchedule, Parameter, Tuned
 from pocketune_edge.noise import Euler, sampler_of, training_levels
 from pocketune_edge.sample import to_image
-from pocketune_edge.settings import Settings, key_of
+from pocketune_edge.settings import Settings
 from pocketune_edge.state import CheckpointFolder, State, fresh_state
 from pocketune_edge.storage import Place
 from pocketune_edge.strict import MisfitError
@@ -129,10 +129,11 @@ def test_pixels_become_the_image_that_diffusers_makes() -> None:
     assert np.array_equal(np.asarray(to_image(pixels[0].numpy())), np.asarray(expected))
 
 
-def test_keys_are_shared() -> None:
-    recipe = Recipe(instance_prompt="a photo of sks toy", lora_targets=("attn.to_q",))
-    parts = {"recipe": recipe.model_dump(), "model": "m", "photos": ["b", "a"]}
-    assert key_of(json.loads(json.dumps(parts))) == cache_key(parts)
+def test_a_run_has_one_fingerprint() -> None:
+    """The device reads the recipe from a manifest, where tuples are lists."""
+    recipe = Recipe(instance_prompt="a photo of sks toy", lora_targets=("attn.to_q",)).model_dump()
+    there = run_fingerprint(json.loads(json.dumps(recipe)), model="m", photos=["b", "a"])
+    assert run_fingerprint(recipe, model="m", photos=("b", "a")) == there
 
 
 def test_every_valid_recipe_has_settings() -> None:

@@ -1,5 +1,6 @@
 """Draws follow from the seed alone, batches from the draws."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,13 @@ def test_every_photo_comes_once_a_round() -> None:
     draws = draw_samples(recipe(), [(10, 20)] * 5, kind="instance")
     for start in range(0, 100, 5):
         assert {draw.image for draw in draws[start : start + 5]} == set(range(5))
+
+
+def test_a_cache_holds_draws_by_number() -> None:
+    photo = draw_samples(recipe(), [(10, 20)], kind="instance")[3]
+    of_class = replace(photo, kind="class")
+    assert (photo.cache_number, of_class.cache_number) == (6, 7)
+    assert (replace(photo, low=True).cache_number, replace(of_class, low=True).cache_number) == (-7, -8)
 
 
 def test_timesteps_follow_the_logit_normal_density() -> None:

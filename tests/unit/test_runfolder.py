@@ -3,7 +3,7 @@
 import pytest
 
 from pocketune.errors import RunError
-from pocketune.runfolder import run_folder
+from pocketune.runfolder import class_image_paths, hash_of, run_fingerprint, run_folder
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,15 @@ def test_a_place_that_cannot_be_looked_at_is_refused(tmp_path):
     for resume in (False, True):
         with pytest.raises(RunError, match="File name too long"), run_folder(run, resume=resume, fingerprint="f"):
             pass
+
+
+def test_runs_and_caches_of_earlier_versions_are_found_again():
+    recipe = {"instance_prompt": "a photo of sks toy", "steps": 3, "learning_rate": 1e-4, "lora_targets": ("attn.to_q",)}
+    recipe |= {"skip": None, "token": "ü"}
+    assert run_fingerprint(recipe, model="m", photos=("b", "a")) == "ab8f97d53cc57a36"
+    assert hash_of({"photos": ["b", "a"], "model": "m", "recipe": recipe}) == "ab8f97d53cc57a36"
+    assert run_fingerprint(recipe, model="m", photos=("a", "b")) != "ab8f97d53cc57a36"
+
+
+def test_class_images_are_where_a_stopped_run_left_them(tmp_path):
+    assert class_image_paths(tmp_path, 2) == [tmp_path / "class_images" / name for name in ("000.png", "001.png")]

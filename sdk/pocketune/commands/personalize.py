@@ -17,7 +17,7 @@ from pocketune.commands.options import DEFAULT_MODEL, BudgetOption, JsonOption, 
 from pocketune.display import ProgressDisplay, print_facts, print_lines
 from pocketune.lean import without_scipy
 from pocketune.record import RunRecord
-from pocketune.report import RECORD_FILE, REPORT_FILE
+from pocketune.runfolder import RECORD_FILE, REPORT_FILE
 from pocketune.units import duration, parse_size, readable_size
 
 

@@ -16,7 +16,7 @@ from pocketune.display import ProgressDisplay
 from pocketune.errors import RunError
 from pocketune.progress import Progress
 from pocketune.record import RunRecord
-from pocketune.report import RECORD_FILE
+from pocketune.runfolder import RECORD_FILE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +15,6 @@ from pocketune.features.shards import INDEX_FILE, Shards
 from pocketune.features.storage import pack, unpack
 from pocketune.models.base import Streams
 from pocketune.plan.blocks import Span
-
-
-def cache_key(parts: dict[str, Any]) -> str:
-    """A name for a cache: the hash of everything that its content follows from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def remove_other_caches(root: Path, *, keep: str) -> None:

@@ -121,20 +121,14 @@ def precompute(
     done = 0
     try:
         for draws in distinct:
-            if not all(key_of(draw) in cache for draw in draws):
+            if not all(draw.cache_number in cache for draw in draws):
                 features = span_features(adapter, plan, make_batch(draws))
                 for row, draw in enumerate(draws):
-                    cache.put(key_of(draw), _row(features, row))
+                    cache.put(draw.cache_number, _row(features, row))
             done += len(draws)
             on_sample(done, total)
     finally:
         cache.flush()
-
-
-def key_of(draw: Draw) -> int:
-    """The cache's number of a draw: photos even, class images odd, and the same below zero at low resolution."""
-    number = 2 * draw.index + (draw.kind == "class")
-    return -1 - number if draw.low else number
 
 
 def _row(features: dict[Span, tuple[torch.Tensor, ...]], row: int) -> dict[Span, tuple[torch.Tensor, ...]]:

@@ -30,10 +30,6 @@ def nothing(step: int) -> None:
     """What most methods do after a step."""
 
 
-METHOD_KEY = "pocketune_method"
-"""Metadata of result files: the name of the method that made them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What a training changes.

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from pocketune.atomic import replacing
 from pocketune.errors import FileFormatError, RecipeError
 from pocketune.headers import with_sorted_metadata
-from pocketune.methods.base import METHOD_KEY, Tuned
+from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.runfolder import METHOD_KEY, SCALES_FILE
 from pocketune.sampling.intervals import TIMESTEPS, interval_of
 from pocketune.step import Batch
 from pocketune.weights.layers import PackedConv2d, PackedLayer, Scales, Selected
@@ -39,7 +40,7 @@ from pocketune.weights.stream import StreamedLinear
 class ScalesMethod:
     """Tunes the scales of packed layers."""
 
-    result = Path("scales/pocketune_scales.safetensors")
+    result = SCALES_FILE
 
     def attach(
         self,

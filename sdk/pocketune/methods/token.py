@@ -22,13 +22,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from pocketune.atomic import replacing
 from pocketune.errors import FileFormatError, RecipeError
 from pocketune.headers import with_sorted_metadata
-from pocketune.methods.base import METHOD_KEY, Tuned
+from pocketune.methods.base import Tuned
 from pocketune.methods.scales import quantization_of
 from pocketune.methods.subspace import Subspace
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
+from pocketune.runfolder import METHOD_KEY, TOKEN_FILE
 from pocketune.step import Batch
 from pocketune.weights.quantizers import pack_layers
 from pocketune.weights.stream import StreamedEmbedding
@@ -52,7 +53,7 @@ class TunedToken(nn.Module):
 class TokenMethod:
     """Tunes one word."""
 
-    result = Path("token/learned_embeds.safetensors")
+    result = TOKEN_FILE
 
     def attach(
         self,

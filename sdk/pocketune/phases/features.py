@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from pocketune.errors import Interrupted
-from pocketune.features.cache import FeatureCache, cache_key, remove_other_caches
-from pocketune.features.precompute import check_bound, key_of, precompute, predicted_bytes
+from pocketune.features.cache import FeatureCache, remove_other_caches
+from pocketune.features.precompute import check_bound, precompute, predicted_bytes
 from pocketune.models.base import Prompt
 from pocketune.phases.state import Job
 from pocketune.photos import Photo
 from pocketune.plan.blocks import BlockPlan
+from pocketune.runfolder import hash_of
 from pocketune.sampling.batches import BatchMaker
 from pocketune.sampling.draws import Draw, Kind
 
@@ -37,7 +38,7 @@ def fill_cache(
     if not plan.skipped or not job.recipe.use_residuals:
         return None
     cache_dtype: torch.dtype = getattr(torch, job.recipe.cache_dtype)
-    distinct = {key_of(draw): draw.low for draws in batches for draw in draws}
+    distinct = {draw.cache_number: draw.low for draws in batches for draw in draws}
     low = sum(distinct.values())
     needed = sum(
         predicted_bytes(
@@ -83,7 +84,7 @@ def features_key(
     class_images: Sequence[Image.Image],
 ) -> str:
     """The name of the cache: a hash of all that features follow from, so that runs may share a folder of caches."""
-    return cache_key(
+    return hash_of(
         {
             "model": job.folder.fingerprint(),
             "photos": photo_hashes(photos),

@@ -12,6 +12,7 @@ from pocketune.errors import NoEffectError
 from pocketune.phases.state import Job
 from pocketune.photos import load_made_images
 from pocketune.record import SamplePair
+from pocketune.runfolder import class_image_paths
 from pocketune.sample import run_pipeline
 
 SAMPLE_SEED = 1000
@@ -22,7 +23,7 @@ def make_class_images(job: Job) -> list[Image.Image]:
     prompt, count = job.recipe.class_prompt, job.recipe.class_images
     if prompt is None:
         return []
-    paths = [job.run / "class_images" / f"{number:03d}.png" for number in range(count)]
+    paths = class_image_paths(job.run, count)
     with job.watch.phase("class images"):
         if not all(path.exists() for path in paths):
             images = run_pipeline(

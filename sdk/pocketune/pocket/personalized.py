@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from pocketune.atomic import replacing
-from pocketune.delta import LORA_FILE
 from pocketune.job import personalize
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import BACKGROUNDS, TOY, random_scene, toy_identity
 from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
+from pocketune.runfolder import LORA_FILE, RECORD_FILE
 from pocketune.selection import Personalized
 
 SUBJECTS = 4
@@ -43,7 +43,7 @@ def personalized_toys(
     for number in range(count):
         run = work / f"toy{number:02d}"
         prompts = _prompts(number)
-        if not (run / "run.json").exists():
+        if not (run / RECORD_FILE).exists():
             recipe = Recipe.create(
                 instance_prompt=_PROMPT,
                 sample_prompts=(_PROMPT,),
@@ -55,7 +55,7 @@ def personalized_toys(
             )
             photos = _photos(number, work / "photos" / run.name)
             personalize(photos, recipe=recipe, out=run, model=model, resume=run.exists(), on_progress=on_progress)
-        found.append(Personalized(name=run.name, lora=run / "lora" / LORA_FILE, prompts=prompts))
+        found.append(Personalized(name=run.name, lora=run / LORA_FILE, prompts=prompts))
     return found
 
 

@@ -95,6 +95,12 @@ class Draw:
     noise_seed: int
     low: bool = False
 
+    @property
+    def cache_number(self) -> int:
+        """Its number in a feature cache: photos even, class images odd, and the same below zero at low resolution."""
+        number = 2 * self.index + (self.kind == "class")
+        return -1 - number if self.low else number
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
