@@ -6,12 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pocketune.atomic import replacing
-from pocketune.errors import RunError
 from pocketune.memory import read_memory
+from pocketune.photos import numbered_images
 from pocketune.progress import Progress
 from pocketune.runfolder import DEVICE_RECORD_FILE
 from pocketune.units import duration, readable_size
@@ -56,7 +55,7 @@ def _personalize(given: argparse.Namespace) -> None:
 
 
 def _sample(given: argparse.Namespace) -> None:
-    paths, threads = _image_paths(given.out, len(given.prompt)), _checked_threads(given.threads)
+    paths, threads = numbered_images(given.out, len(given.prompt), suffixes=(".png",)), _checked_threads(given.threads)
     if given.lora is not None:
         find_result(given.lora, *RESULTS)  # what is missing is said before gigabytes are hashed
     with Display(sys.stderr, quiet=given.quiet) as display:
@@ -139,13 +138,6 @@ def _checked_threads(threads: int | None) -> int | None:
         msg = f"--threads must be between 1 and 1024, got {threads}."
         raise SettingError(msg)
     return threads
-
-
-def _image_paths(out: Path, count: int) -> list[Path]:
-    if out.suffix.lower() != ".png":
-        msg = f"cannot write an image named {out.name}: expected --out to end in .png."
-        raise RunError(msg)
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:02d}") for number in range(count)]
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

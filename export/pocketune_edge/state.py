@@ -12,11 +12,10 @@ from safetensors.numpy import save_file
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
+from pocketune.runfolder import checkpoint_file, checkpoint_paths, remove_old_checkpoints
 from pocketune_edge.delta import Adapter, by_name, flatten
 from pocketune_edge.denoiser import Floats
 from pocketune_edge.manifest import Tuned
-
-KEEP = 2
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,10 @@ class CheckpointFolder:
         counts = {name: count for name, count in updates.items() if count not in (0, state.step)}
         tensors |= {f"updates.{name}": np.array(count, np.float32) for name, count in counts.items()}
         metadata = {"step": str(state.step), "losses": json.dumps(state.losses), "fingerprint": self._fingerprint}
-        path = self.folder / f"step-{state.step:06d}.safetensors"
+        path = self.folder / checkpoint_file(state.step)
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-        for old in self._all()[:-KEEP]:
-            old.unlink()
+        remove_old_checkpoints(self.folder)
         return path
 
     def restore(self, start: Adapter) -> State:
@@ -96,7 +94,7 @@ class CheckpointFolder:
         Raises:
             RunError: the checkpoint is damaged, or belongs to another recipe, model or set of photos.
         """
-        found = self._all()
+        found = checkpoint_paths(self.folder)
         if not found:
             return fresh_state(start, intervals=self._tuned.intervals)
         try:
@@ -136,6 +134,3 @@ class CheckpointFolder:
     def _updates(self, updates: tuple[int, ...]) -> dict[str, int]:
         """By name, how often AdamW updated a parameter."""
         return {item.name: updates[item.interval] for item in self._tuned.parameters}
-
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
 import struct
 import tempfile
@@ -11,10 +10,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
+from pocketune.weights.files import file_sha256
 from pocketune_edge.agreement import MANIFEST_FILE, SEAL_FILE
 from pocketune_export.manifest import File, Manifest
 from pocketune_export.weights import ALIGNMENT
@@ -82,8 +81,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 def describe_file(folder: Path, name: str) -> File:
     """The manifest's entry for a file."""
-    with (folder / name).open("rb") as file:
-        return File(path=name, bytes=os.fstat(file.fileno()).st_size, sha256=_digest(file))
+    return File(path=name, bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
 
 
 def pack(folder: Path, archive: Path) -> None:
@@ -106,10 +104,3 @@ def _padding(after_name: int, size: int) -> bytes:
     header = _LOCAL_HEADER_BYTES + 4 + (_ZIP64_FIELD_BYTES if size * 1.05 > zipfile.ZIP64_LIMIT else 0)
     length = -(after_name + header) % ALIGNMENT
     return struct.pack("<HH", _PADDING_FIELD, length) + b"\0" * length
-
-
-def _digest(opened: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    for chunk in iter(lambda: opened.read(_CHUNK), b""):
-        digest.update(chunk)
-    return digest.hexdigest()

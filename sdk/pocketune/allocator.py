@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from pocketune.procfs import read_procfs
+
 MAPPED_FROM_BYTES = 2**17
 """Larger pieces are mapped one by one, so that each goes back to the system when it is freed."""
 
@@ -16,7 +18,7 @@ _OTHERS = ("jemalloc", "tcmalloc", "mimalloc")
 
 def name_allocator() -> str:
     """The allocator of this process: "jemalloc", "tcmalloc", "mimalloc", "glibc", "musl", or "system" where it is not known."""
-    mapped = _text(Path("/proc/self/maps"))
+    mapped = read_procfs(Path("/proc/self/maps"))
     for name in _OTHERS:
         if f"lib{name}" in mapped:
             return name
@@ -41,10 +43,3 @@ def trim() -> None:
     """Give back what glibc keeps of freed memory now."""
     if name_allocator() == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pocketune.procfs import read_procfs
+
 _UNLIMITED = 2**60  # version 1 writes "no limit" as the largest multiple of a page; no machine has an exbibyte
 
 
@@ -102,7 +104,4 @@ def _number(path: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    return read_procfs(path).splitlines()

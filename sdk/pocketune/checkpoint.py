@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
+from pocketune.runfolder import checkpoint_file, checkpoint_paths, remove_old_checkpoints
 
-KEEP = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -43,7 +43,7 @@ class CheckpointFolder:
     @property
     def newest_step(self) -> int:
         """Finished steps of the newest checkpoint; 0 if there is none."""
-        found = self._all()
+        found = checkpoint_paths(self.folder)
         return int(found[-1].stem.removeprefix("step-")) if found else 0
 
     def save(
@@ -58,11 +58,10 @@ class CheckpointFolder:
             if "step" in state and int(state["step"]) != step:
                 tensors[f"updates.{name}"] = state["step"].cpu()
         metadata = {"step": str(step), "losses": json.dumps(losses), "fingerprint": self._fingerprint}
-        path = self.folder / f"step-{step:06d}.safetensors"
+        path = self.folder / checkpoint_file(step)
         with replacing(path) as partial:
             save_file(tensors, partial, metadata=metadata)
-        for old in self._all()[:-KEEP]:
-            old.unlink()
+        remove_old_checkpoints(self.folder)
         return path
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> Progressed:
@@ -71,7 +70,7 @@ class CheckpointFolder:
         Raises:
             RunError: the checkpoint is damaged, or belongs to another recipe, model or set of photos.
         """
-        found = self._all()
+        found = checkpoint_paths(self.folder)
         if not found:
             return Progressed(0, ())
         try:
@@ -93,6 +92,3 @@ class CheckpointFolder:
                 updates = tensors.get(f"updates.{name}", torch.tensor(float(step)))
                 optimizer.state[parameter] = {"step": updates, **moments}
         return Progressed(step, tuple(json.loads(metadata["losses"])))
-
-    def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*.safetensors"))

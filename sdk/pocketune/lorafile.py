@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from pocketune.plan.blocks import ranges_text
 from pocketune.tensorfile import TensorFile
 
 Pairs = dict[str, dict[str, str]]
@@ -42,7 +43,7 @@ def find_blocks(names: Iterable[str]) -> dict[str, str]:
         match = _BLOCK.search(name)
         if match and len(match[2]) < 6:
             found.setdefault(match[1], set()).add(int(match[2]))
-    return {group: _ranges(sorted(indices)) for group, indices in sorted(found.items())}
+    return {group: ranges_text(sorted(indices)) for group, indices in sorted(found.items())}
 
 
 def describe_lora(file: TensorFile, pairs: Pairs) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -100,16 +101,6 @@ def _part(target: str) -> str:
     if match:
         return "text_encoder" if match[1] in (None, "1") else f"text_encoder_{match[1]}"
     return "text_encoder" if target.startswith(("text_model.", "base_model.model.text_model.")) else "denoiser"
-
-
-def _ranges(indices: list[int]) -> str:
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and index == spans[-1][1] + 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
 
 
 def _architecture(denoiser: list[str], file: TensorFile, pairs: Pairs) -> str:

@@ -14,6 +14,7 @@ from types import ModuleType
 from pocketune.allocator import name_allocator
 from pocketune.cgroups import CgroupLimits
 from pocketune.memory import memory_source
+from pocketune.procfs import read_procfs
 
 _FEATURES = frozenset(
     {"avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"}
@@ -90,11 +91,11 @@ def import_torch() -> tuple[ModuleType | None, tuple[str, ...]]:
 def read_cpu(torch: ModuleType | None, limits: CgroupLimits) -> CpuReport:
     """Describe the processor, and time it where there is a torch."""
     described = dict[str, str]()
-    for line in _text(Path("/proc/cpuinfo")).splitlines():
+    for line in read_procfs(Path("/proc/cpuinfo")).splitlines():
         name, _, value = line.partition(":")
         described.setdefault(name.strip(), value.strip())
     flags = (described.get("flags") or described.get("Features") or "").split()
-    board = _text(Path("/proc/device-tree/model")).rstrip("\0\n")
+    board = read_procfs(Path("/proc/device-tree/model")).rstrip("\0\n")
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores
     return CpuReport(
@@ -136,7 +137,7 @@ def _matmul_gflops(torch: ModuleType | None, dtype: str) -> float | None:
 def read_ram(limits: CgroupLimits) -> RamReport:
     """Describe main memory, within the limits of a container."""
     fields = dict[str, int]()
-    for line in _text(Path("/proc/meminfo")).splitlines():
+    for line in read_procfs(Path("/proc/meminfo")).splitlines():
         name, _, value = line.partition(":")
         if value.endswith(" kB"):
             fields[name] = int(value.split()[0]) * 1024
@@ -204,10 +205,3 @@ def read_disk_free(folder: Path) -> int | None:
         return shutil.disk_usage(existing).free if existing else None
     except OSError:
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

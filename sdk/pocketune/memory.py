@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from pocketune.errors import PocketuneError
+from pocketune.procfs import read_procfs
 
 MAX_ROWS = 6000
 """Rows kept by a log; beyond, neighbours are merged by their maxima and the time between rows doubles."""
@@ -207,11 +208,7 @@ def _halved(rows: list[MemoryRow]) -> list[MemoryRow]:
 
 
 def _read_status() -> dict[str, int]:
-    try:
-        text = _STATUS.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return {}
-    fields = (line.split() for line in text.splitlines() if line.endswith(" kB"))
+    fields = (line.split() for line in read_procfs(_STATUS).splitlines() if line.endswith(" kB"))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 

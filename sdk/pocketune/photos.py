@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -116,6 +116,18 @@ def load_made_images(paths: Sequence[Path]) -> list[Image.Image]:
             msg = f"the image {path} of this run is damaged. Delete it; the same command with --resume makes it again."
             raise RunError(msg) from error
     return images
+
+
+def numbered_images(out: Path, count: int, *, suffixes: Collection[str]) -> list[Path]:
+    """The files of some made images: `out` itself, or with numbers in the name where there are several.
+
+    Raises:
+        RunError: it ends in none of the suffixes.
+    """
+    if out.suffix.lower() not in suffixes:
+        msg = f"cannot write an image named {out.name}: expected --out to end in {', '.join(suffixes)}."
+        raise RunError(msg)
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number:02d}") for number in range(count)]
 
 
 def _files(path: Path) -> list[Path]:

@@ -32,5 +32,5 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def ignore(_: Progress) -> None:
+def ignore(_: object) -> None:
     """The callback that does nothing."""

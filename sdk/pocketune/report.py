@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import shlex
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 
 from pocketune.atomic import write_text
 from pocketune.errors import RunError
+from pocketune.plan.blocks import ranges_text
 from pocketune.record import RunRecord
 from pocketune.runfolder import RECORD_FILE, REPORT_FILE
 from pocketune.sampling.choices import Choice
@@ -170,11 +169,5 @@ def _value(key: str, value: Any) -> str:
         return f"{value:,}" if key != "seed" else str(value)
     if isinstance(value, list | tuple):
         numbers = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-        return (_ranges(value) if numbers else ", ".join(map(str, value))) or "none"
+        return (ranges_text(value) if numbers else ", ".join(map(str, value))) or "none"
     return str(value)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted whole numbers as ranges: 0-3, 8."""
-    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

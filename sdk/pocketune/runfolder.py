@@ -48,6 +48,22 @@ def run_fingerprint(recipe: Mapping[str, Any], *, model: str, photos: Sequence[s
     return hash_of({"recipe": recipe, "model": model, "photos": list(photos)})
 
 
+def checkpoint_file(step: int) -> str:
+    """The name of the checkpoint after some steps."""
+    return f"step-{step:06d}.safetensors"
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def remove_old_checkpoints(folder: Path) -> None:
+    """Keep the newest two: one may be damaged."""
+    for old in checkpoint_paths(folder)[:-2]:
+        old.unlink()
+
+
 def class_image_paths(run: Path, count: int) -> list[Path]:
     """Where a run keeps the images that the base model makes of the class."""
     return [run / CLASS_IMAGES / f"{number:03d}.png" for number in range(count)]

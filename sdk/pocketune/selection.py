@@ -7,7 +7,6 @@ Differs: as many prompts and seeds a model as asked for, where the paper says on
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.sample import default_device, run_pipeline
 from pocketune.selection_report import write_selection_report
 from pocketune.tuning import find_result, method_of
+from pocketune.weights.files import file_sha256
 
 Embed = Callable[[Sequence[Image.Image]], Tensor]
 """Gives unit vectors, (images, width)."""
@@ -90,7 +90,9 @@ def select_blocks(
         guidance=folder.family.guidance if guidance is None else guidance,
         resolution=resolution or folder.native_resolution,
         seeds=tuple(seeds),
-        models=tuple(Measured(name=one.name, lora=_sha256(one.lora), prompts=one.prompts) for one in personalized),
+        models=tuple(
+            Measured(name=one.name, lora=file_sha256(find_result(one.lora)), prompts=one.prompts) for one in personalized
+        ),
     )
     partial = out.with_name(f"{out.name}.partial")
     if partial.exists():
@@ -166,8 +168,3 @@ class _Search:
 def mean_distance(first: Tensor, second: Tensor) -> float:
     """D: 1 minus the cosine of two images, averaged over pairs. Both: unit vectors (images, width)."""
     return float((1 - (first * second).sum(dim=1)).mean())
-
-
-def _sha256(path: Path) -> str:
-    with find_result(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from pocketune.gradients.zeroth_order import Estimate, ZerothOrder
 from pocketune.methods.base import Tuned, unchanged
 from pocketune.models.base import DenoiserAdapter
 from pocketune.plan.blocks import BlockPlan
+from pocketune.progress import ignore
 from pocketune.recipe import Recipe
 from pocketune.recompute import recompute, saved_to
 from pocketune.sampling.batches import BatchMaker
@@ -27,10 +28,6 @@ from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, 
 
 ZO_ADAM_EPSILON = 1e-3
 """Added to the root of Adam's second moment in zeroth-order steps, as in ZOODiP's code: it damps what is all noise."""
-
-
-def ignore(loss: float) -> None:
-    """What a step that nobody counts tells of its loss."""
 
 
 def train(

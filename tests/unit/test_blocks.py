@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketune.errors import PlanError
-from pocketune.plan.blocks import BlockPlan, number_to_skip, parse_plan, usual_split
+from pocketune.plan.blocks import BlockPlan, number_to_skip, parse_plan, ranges_text, usual_split
 
 
 @given(st.sets(st.integers(0, 19), max_size=19))
@@ -49,3 +49,7 @@ def test_a_share_is_a_run_around_the_middle() -> None:
 def test_impossible_ranges_are_refused(text: str, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         parse_plan(text, 12)
+
+
+def test_numbers_are_told_as_ranges() -> None:
+    assert ranges_text([]) == "" and ranges_text((0, 1, 2, 8, 10, 11)) == "0-2,8,10-11"

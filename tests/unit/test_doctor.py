@@ -193,7 +193,7 @@ def test_container_limit_bounds_usable_memory():
 
 def test_allocator_by_its_mapping(monkeypatch):
     monkeypatch.setenv("MALLOC_CONF", "narenas:1")
-    monkeypatch.setattr(allocator, "_text", lambda path: "7f00 r-xp /usr/lib/x86_64-linux-gnu/libjemalloc.so.2\n")
+    monkeypatch.setattr(allocator, "read_procfs", lambda path: "7f00 r-xp /usr/lib/x86_64-linux-gnu/libjemalloc.so.2\n")
     name, settings = read_allocator()
     assert name == "jemalloc"
     assert settings["MALLOC_CONF"] == "narenas:1"

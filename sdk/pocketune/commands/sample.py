@@ -13,7 +13,7 @@ from rich.console import Console
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, JsonOption, ModelOption, QuietOption
 from pocketune.display import ProgressDisplay
-from pocketune.errors import RunError
+from pocketune.photos import numbered_images
 from pocketune.progress import Progress
 from pocketune.record import RunRecord
 from pocketune.runfolder import RECORD_FILE
@@ -47,7 +47,7 @@ def sample(
 ) -> None:
     """Make images with what a RUN trained, or with a LoRA file."""
     with clear_errors():
-        paths = _image_paths(out, len(prompt))
+        paths = numbered_images(out, len(prompt), suffixes=_IMAGE_FORMATS)
         record = RunRecord.read(source / RECORD_FILE) if (source / RECORD_FILE).is_file() else None
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         settings = _sampling_settings(record) | {name: value for name, value in given.items() if value is not None}
@@ -84,15 +84,6 @@ def _sampling_settings(record: RunRecord | None) -> dict[str, Any]:
         return {}
     recipe = record.recipe
     return {"steps": recipe.sample_steps, "guidance": recipe.guidance_scale, "resolution": recipe.resolution}
-
-
-def _image_paths(out: Path, count: int) -> list[Path]:
-    if out.suffix.lower() not in _IMAGE_FORMATS:
-        msg = f"cannot write an image named {out.name}: expected --out to end in {', '.join(_IMAGE_FORMATS)}."
-        raise RunError(msg)
-    if count == 1:
-        return [out]
-    return [out.with_stem(f"{out.stem}-{number:02d}") for number in range(count)]
 
 
 def _image_event(done: int, total: int) -> Progress:

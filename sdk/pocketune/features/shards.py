@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pocketune.atomic import replacing, write_text
 from pocketune.errors import CacheError
+from pocketune.weights.files import file_sha256
 
 SHARD_BYTES = 16_000_000
 INDEX_FILE = "index.json"
@@ -93,7 +93,7 @@ class Shards(Generic[Tensor]):
         name = f"shard-{len(self._index['shards']):04d}.safetensors"
         with replacing(self._folder / name) as partial:
             self._save(self._pending, partial)
-            digest, size = _sha256(partial), partial.stat().st_size
+            digest, size = file_sha256(partial), partial.stat().st_size
         self._index["shards"][name] = {"sha256": digest, "bytes": size}
         self._index["draws"] |= {key.split(".")[0]: name for key in self._pending}
         self._index["sums"] |= {figure: self.total(figure) + added for figure, added in self._pending_sums.items()}
@@ -125,7 +125,7 @@ class Shards(Generic[Tensor]):
         for name, shard in self._index["shards"].items():
             path = self._folder / name
             sound = Path(name).name == name and path.is_file() and path.stat().st_size == shard["bytes"]
-            if not sound or _sha256(path) != shard["sha256"]:
+            if not sound or file_sha256(path) != shard["sha256"]:
                 msg = f"{name} is missing or does not match its checksum"
                 raise ValueError(msg)
             with safe_open(path, framework=self._framework) as file:
@@ -136,8 +136,3 @@ class Shards(Generic[Tensor]):
         if not all(isinstance(total, float) for total in self._index["sums"].values()):
             msg = "its index has sums that are no numbers"
             raise ValueError(msg)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 from pocketune.errors import PlanError
 
@@ -67,7 +68,13 @@ class BlockPlan:
 
     def describe(self) -> str:
         """The skipped blocks as a person would type them: "0-3,10-11", or "none"."""
-        return ",".join(_range_text(span) for span in self.skipped_spans) or "none"
+        return ranges_text(self.skipped) or "none"
+
+
+def ranges_text(numbers: Iterable[int]) -> str:
+    """Sorted whole numbers as a person would type them: "0-3,8"; empty if there are none."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def parse_plan(
@@ -158,7 +165,3 @@ def _fraction(share: str, text: str) -> float:
         msg = f'cannot read the share of blocks "{share}" in "{text}": expected a number from 0 to below 1, such as 0.3.'
         raise PlanError(msg)
     return float(share)
-
-
-def _range_text(span: Span) -> str:
-    return str(span.start) if span.stop - span.start == 1 else f"{span.start}-{span.stop - 1}"

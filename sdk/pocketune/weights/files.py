@@ -48,6 +48,12 @@ def plain_weights(names: Iterable[str]) -> list[str]:
     return [name for name in found if name.count(".") == fewest]
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def weights_digest(path: Path) -> str:
     """Hash a safetensors file's header and the first KiB of each tensor: retraining changes every tensor from its start."""
     digest = hashlib.sha256()
