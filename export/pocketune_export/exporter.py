@@ -16,7 +16,7 @@ from pocketune.memory import read_memory
 from pocketune.models import mmdit, unet
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.select import selection_of
+from pocketune.plan.selection import selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe

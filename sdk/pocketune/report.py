@@ -7,6 +7,7 @@ import io
 import shlex
 from datetime import UTC, datetime
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,14 @@ def write_report(record: RunRecord, folder: Path) -> None:
 def render_report(record: RunRecord, folder: Path) -> str:
     """Give the page as text: no script, no reference to anything outside, all text escaped."""
     # Here and not at the top: neither library should count in the memory that a training is measured by.
-    import jinja2
     from markupsafe import Markup
 
     from pocketune.plots import ACCENT, choices_plot, loss_plot, memory_plot, phase_colour
 
-    template = files("pocketune").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
     choices = [Choice(**choice) for choice in record.plan.get("choices", ())]
     thumbnails = sorted((folder / "photos").glob("*.jpg"))
-    return environment.from_string(template).render(
+    return fill_template(
+        files("pocketune") / "report.html.j2",
         record=record,
         model_name=Path(record.model).name if Path(record.model).is_absolute() else record.model,
         accent=ACCENT,
@@ -87,6 +84,16 @@ def render_report(record: RunRecord, folder: Path) -> str:
         started=_readable_time(record.started),
         duration=duration(sum(record.seconds.values())),
     )
+
+
+def fill_template(template: Traversable, **values: Any) -> str:
+    """Give a page as text: what is filled in is escaped, unless it is markup, and none may be missing."""
+    import jinja2  # here, as above
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def _readable_time(iso: str) -> str:

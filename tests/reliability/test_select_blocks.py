@@ -13,7 +13,7 @@ from pocketune.delta import save_lora
 from pocketune.errors import FileFormatError, Interrupted, PlanError
 from pocketune.methods.lora import add_lora
 from pocketune.models.load import ModelFolder
-from pocketune.plan.select import Selection
+from pocketune.plan.selection import Selection
 from pocketune.selection import Personalized, select_blocks
 
 

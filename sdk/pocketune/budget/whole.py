@@ -22,7 +22,7 @@ from pocketune.models.empty import PUBLISHED
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.registry import family_named
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.select import selection_of
+from pocketune.plan.selection import selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.recipe import Recipe
 from pocketune.sampling.choices import low_side

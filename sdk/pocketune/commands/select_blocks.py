@@ -40,17 +40,25 @@ def select_blocks(
     """Find which blocks can be skipped, by hiding text in them. A search that was stopped goes on when repeated."""
     with clear_errors():
         with needing_extra("train"):
-            from pocketune.choosing import choose_blocks
+            from pocketune.selection import search, sources
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
-            selection = choose_blocks(
+            found = sources.find_sources(
                 model,
-                out=out,
+                work=work or out.with_name(f"{out.stem}-runs"),
                 runs=run or [],
                 embedder=embedder,
                 embedder_model=embedder_model,
+                on_progress=display,
+            )
+            selection = search.select_blocks(
+                model,
+                found.personalized,
+                out=out,
+                embed=found.embed,
+                embedder=found.embedder,
                 seeds=seed or [0],
                 steps=steps,
-                work=work or out.with_name(f"{out.stem}-runs"),
+                guidance=found.guidance,
                 on_progress=display,
             )
     if as_json:

@@ -7,7 +7,7 @@ from pocketune.methods.lora import check_targets
 from pocketune.models.base import SkipConnected
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.select import SELECTION_FILE, selection_of
+from pocketune.plan.selection import SELECTION_FILE, selection_of
 from pocketune.plan.skipping import plan_for
 from pocketune.sample import check_side
 

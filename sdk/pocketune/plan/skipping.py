@@ -8,7 +8,7 @@ from typing import Protocol
 from pocketune.errors import PlanError
 from pocketune.models.base import DenoiserAdapter, SkipConnected, Streams
 from pocketune.plan.blocks import BlockPlan, Span, middle_run, number_to_skip, parse_plan, usual_split
-from pocketune.plan.select import Selection
+from pocketune.plan.selection import Selection
 
 
 class Skipping(Protocol):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pocketune.atomic import write_text
 from pocketune.plan.blocks import number_to_skip
-from pocketune.plan.select import Selection
+from pocketune.plan.selection import Selection
+from pocketune.report import fill_template
 
 
 def write_selection_report(selection: Selection, path: Path) -> None:
     """Write the page: no script, no reference to anything outside, all text escaped."""
-    # Here and not at the top: neither library should count in the memory that a training is measured by.
-    import jinja2
+    # Here and not at the top: neither library is needed before a search ends.
     from markupsafe import Markup
 
     from pocketune.plots import ACCENT, distance_plot
@@ -31,12 +31,9 @@ def write_selection_report(selection: Selection, path: Path) -> None:
         }
         for skipped, split in enumerate(selection.splits(), start=1)
     ]
-    template = files("pocketune").joinpath("selection.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
     sides = ([m.first for m in selection.models], [m.last for m in selection.models])
-    text = environment.from_string(template).render(
+    text = fill_template(
+        files("pocketune.selection") / "report.html.j2",
         selection=selection,
         accent=ACCENT,
         images=len(selection.seeds) * len(selection.models[0].prompts),

@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pocketune.embedders import DEFAULT_MODELS, ClipEmbedder, DinoEmbedder, ImageEmbedder
 from pocketune.errors import ModelError, RecipeError
 from pocketune.models.load import BUILT_IN
-from pocketune.plan.select import Selection
 from pocketune.pocket.judges import load_subject_embedder
-from pocketune.pocket.personalized import personalized_toys
 from pocketune.progress import OnProgress, ignore
 from pocketune.record import RunRecord
 from pocketune.runfolder import RECORD_FILE
-from pocketune.selection import Embed, Personalized, select_blocks
+from pocketune.selection.search import Embed, Personalized
+from pocketune.selection.toys import personalized_toys
 
 EMBEDDERS = ("pocket", "dino", "clip")
 
 
-def choose_blocks(
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a search is given, besides the model.
+
+    Attributes:
+        personalized: models of some subjects.
+        embed: says where images lie.
+        embedder: its name.
+        guidance: guidance scale that suits them; None: what suits the architecture.
+    """
+
+    personalized: Sequence[Personalized]
+    embed: Embed
+    embedder: str
+    guidance: float | None
+
+
+def find_sources(
     model: str,
     *,
-    out: Path,
     work: Path,
     runs: Sequence[Path] = (),
     embedder: str | None = None,
     embedder_model: str | None = None,
-    seeds: Sequence[int] = (0,),
-    steps: int = 20,
     on_progress: OnProgress = ignore,
-) -> Selection:
-    """Search for the blocks of a model that can be skipped, as `pocketune select-blocks` does.
+) -> Sources:
+    """What to search the blocks of a model with; toys are trained if need be.
 
     Args:
         model: built-in name, diffusers folder or hub id.
-        out: the JSON file to write.
         work: folder of the runs that are made where none are given.
         runs: RUN folders of this model, one a subject; rendered toys are trained where a built-in model is given none.
         embedder: "pocket", "dino" or "clip"; default: "pocket" for built-in models, else "dino".
         embedder_model: local folder or hub id of DINO or CLIP.
-        seeds: of the images, each for every prompt.
-        steps: of the sampler.
         on_progress: called with every bit of progress.
 
     Raises:
@@ -55,20 +66,9 @@ def choose_blocks(
     name = embedder or ("pocket" if built_in else "dino")
     embed = _embed(name, embedder_model)
     if runs:
-        personalized, guidance = [_personalized(run, model) for run in runs], None
-    else:
-        personalized, guidance = personalized_toys(model, work, on_progress=on_progress), 4.0
-    return select_blocks(
-        model,
-        personalized,
-        out=out,
-        embed=embed,
-        embedder=name,
-        seeds=seeds,
-        steps=steps,
-        guidance=guidance,
-        on_progress=on_progress,
-    )
+        return Sources(personalized=[_personalized(run, model) for run in runs], embed=embed, embedder=name, guidance=None)
+    toys = personalized_toys(model, work, on_progress=on_progress)
+    return Sources(personalized=toys, embed=embed, embedder=name, guidance=4.0)
 
 
 def _embed(name: str, model: str | None) -> Embed:

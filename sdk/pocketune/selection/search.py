@@ -21,10 +21,10 @@ from pocketune.memory import read_memory
 from pocketune.models.base import DenoiserAdapter, SkipConnected
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.masking import text_masked
-from pocketune.plan.select import Measured, Selection
+from pocketune.plan.selection import Measured, Selection
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.sample import default_device, run_pipeline
-from pocketune.selection_report import write_selection_report
+from pocketune.selection.report import write_selection_report
 from pocketune.tuning import find_result, method_of
 from pocketune.weights.files import file_sha256
 

@@ -16,7 +16,7 @@ from pocketune.pocket.scenes import BACKGROUNDS, TOY, random_scene, toy_identity
 from pocketune.progress import OnProgress, ignore
 from pocketune.recipe import Recipe
 from pocketune.runfolder import LORA_FILE, RECORD_FILE
-from pocketune.selection import Personalized
+from pocketune.selection.search import Personalized
 
 SUBJECTS = 4
 PHOTOS = 4

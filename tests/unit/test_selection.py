@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pocketune.errors import FileFormatError
 from pocketune.models.load import ModelFolder
-from pocketune.plan.select import SELECTION_FILE, Measured, Selection, best_split, selection_of
+from pocketune.plan.selection import SELECTION_FILE, Measured, Selection, best_split, selection_of
 from pocketune.plan.skipping import plan_for
-from pocketune.selection_report import write_selection_report
+from pocketune.selection.report import write_selection_report
 
 DISTANCE = st.floats(0, 2, allow_nan=False)
 
