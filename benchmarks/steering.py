@@ -7,27 +7,17 @@ background are as asked. Writes a raw row an image, and a summary beside them.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
+from benchmarks.models import checkpoint_id, quiet_loading
 from benchmarks.rows import append_row
 from pocketune.atomic import write_text
 from pocketune.models.load import ModelFolder
-from pocketune.pocket.steering import ATTRIBUTES, Row, measure_steering, summarize
-
-__all__ = ["load_pipeline", "main", "measure_steering", "quiet_loading", "summarize", "weights_digest"]
-
-
-def quiet_loading() -> None:
-    """Turn off the progress bars that diffusers and transformers draw whenever they load a part."""
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+from pocketune.pocket.steering import ATTRIBUTES, Row, measure_steering
 
 
 def load_pipeline(model: ModelFolder) -> Any:
@@ -35,16 +25,6 @@ def load_pipeline(model: ModelFolder) -> Any:
     pipeline = model.pipeline(dtype=torch.float32, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def weights_digest(folder: Path) -> str:
-    """First 12 hex digits of the SHA-256 of the denoiser's weights; tells one checkpoint of a model from another."""
-    digest = hashlib.sha256()
-    for file in sorted(file for part in ("transformer", "unet") for file in (folder / part).glob("*.safetensors")):
-        with file.open("rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:12]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.model / "model_index.json").is_file():
         parser.error(f"{options.model} is not a diffusers folder: it has no model_index.json")
-    identity = {"model": options.model.name, "weights": weights_digest(options.model)}
+    identity = {"model": options.model.name, "weights": checkpoint_id(options.model)}
     options.out.unlink(missing_ok=True)
 
     def record(row: Row) -> None:

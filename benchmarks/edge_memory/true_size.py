@@ -6,17 +6,15 @@ fed what it expects: they are not part of a training step.
 
 from __future__ import annotations
 
-import json
 import shutil
 from importlib.resources import files
-from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from benchmarks.memory.weights import shapes_of, write_random
 from pocketune.models.empty import published
 from pocketune.pocket.text import new_tokenizer
 
@@ -24,11 +22,10 @@ NAME = "sd35-medium"
 CLIP_WIDTHS = (768, 1280)
 CLIP_TOKENS = 77
 LATENT_CHANNELS = 16
-_POOL = 2**22
 
 
 def write_true_size(folder: Path) -> Path:
-    """Write the model as an ordinary diffusers folder, 5 GB in bfloat16; at most one tensor of it is in memory."""
+    """Write the model as an ordinary diffusers folder, 5 GB in bfloat16."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         _surroundings().save_pretrained(folder)
@@ -36,9 +33,7 @@ def write_true_size(folder: Path) -> Path:
     shutil.rmtree(transformer)
     transformer.mkdir()
     shutil.copy(str(files("pocketune.models") / "configs" / f"{NAME}.json"), transformer / "config.json")
-    model = published(NAME).model
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _write_random(transformer / "diffusion_pytorch_model.safetensors", shapes)
+    write_random(transformer / "diffusion_pytorch_model.safetensors", shapes_of(published(NAME).model))
     return folder
 
 
@@ -88,20 +83,3 @@ def _surroundings() -> StableDiffusion3Pipeline:
         text_encoder_3=None,
         tokenizer_3=None,
     )
-
-
-def _write_random(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of small normal numbers in bfloat16, tensor by tensor, all cut from one pool."""
-    header, position = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, position + size]}
-        position += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    values = np.random.default_rng(0).standard_normal(_POOL, np.float32) * np.float32(0.02)
-    pool = (values.view(np.uint32) >> np.uint32(16)).astype("<u2")
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            file.write(np.resize(pool, prod(shape)).data)

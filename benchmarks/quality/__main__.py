@@ -16,6 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import checkpoint_id, quiet_loading
 from benchmarks.quality.costs import measure_costs
 from benchmarks.quality.embedders import open_embedder, open_prompt_judge
 from benchmarks.quality.measure import measure
@@ -32,7 +33,6 @@ from benchmarks.quality.methods import (
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import tables
 from benchmarks.rows import Row, add_output_options, read_rows
-from benchmarks.steering import quiet_loading, weights_digest
 from pocketune.atomic import write_text
 from pocketune.embedders import DEFAULT_MODELS
 from pocketune.errors import PocketuneError, RecipeError
@@ -62,7 +62,7 @@ def _measure(options: argparse.Namespace) -> None:
     quiet_loading()
     recipe = _recipe(options)
     folder = open_model(options.model)
-    identity = {"model": folder.name, "weights": weights_digest(folder.path), "settings": settings_text(recipe)}
+    identity = {"model": folder.name, "weights": checkpoint_id(folder.path), "settings": settings_text(recipe)}
     embedder = open_embedder(options.embedder or ("dino" if options.data else "pocket"), options.embedder_model)
     judge = open_prompt_judge(options.prompt_judge or ("clip" if options.data else "pocket"), options.prompt_judge_model)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -89,7 +89,7 @@ def _measure_costs(options: argparse.Namespace) -> None:
         model=options.model,
         recipe=subject_recipe(subject, recipe),
         repeats=options.repeats,
-        identity={"model": folder.name, "weights": weights_digest(folder.path), "settings": settings_text(recipe)},
+        identity={"model": folder.name, "weights": checkpoint_id(folder.path), "settings": settings_text(recipe)},
         out=options.costs_out,
         on_row=_print_cost,
     )

@@ -95,7 +95,7 @@ def _trained(scratch: Path, photos: Sequence[Path], model: str, recipe: dict[str
 
 def main(arguments: Sequence[str]) -> int:
     """Do the one training that a request file describes."""
-    from benchmarks.steering import quiet_loading
+    from benchmarks.models import quiet_loading
     from pocketune import Recipe, personalize
 
     quiet_loading()
