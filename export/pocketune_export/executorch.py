@@ -35,7 +35,7 @@ class _WithWeights(nn.Module):
 
     def __init__(self, capture: Capture, load: Callable[[str], Tensor]) -> None:
         super().__init__()
-        self.graph = capture.module
+        self.captured = capture.module  # not "graph", which is an attribute of every module that export makes
         self.names = [name.replace(".", "_") for name in capture.weights]
         for own, name in zip(self.names, capture.weights, strict=True):
             derived = capture.derived.get(name)
@@ -44,5 +44,5 @@ class _WithWeights(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph."""
-        results: tuple[Tensor, ...] = self.graph(*inputs, *(self.get_buffer(name) for name in self.names))
+        results: tuple[Tensor, ...] = self.captured(*inputs, *(self.get_buffer(name) for name in self.names))
         return results

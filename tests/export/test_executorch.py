@@ -78,7 +78,9 @@ def test_a_block_step_runs_on_executorch() -> None:
         given = {"image": torch.randn(1, 16, 32), "text": torch.randn(1, 7, 32), "embedding": torch.randn(1, 32)}
     adapter = SD3Adapter(model)
     parameters = add_lora(adapter, blocks=(0,), rank=2)
-    given |= {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for name, value in parameters.items()}
+    # As small as trained matrices: with larger ones softmax saturates, and the gradients behind it are what rounding leaves.
+    generator = torch.Generator().manual_seed(1)
+    given |= {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in parameters.items()}
 
     def step(given: Named) -> dict[str, Tensor]:
         values = {name: given[name].detach().requires_grad_() for name in parameters}
