@@ -3,7 +3,8 @@
 import json
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,20 @@ from torch import Tensor
 
 from pocketune import Progress, Recipe, personalize
 from pocketune.errors import Interrupted, RecipeError
+from pocketune.features import precompute as passes
+from pocketune.features import shards
 from pocketune.features.cache import FeatureCache, remove_other_caches
-from pocketune.features.precompute import cache_bytes
+from pocketune.features.precompute import cache_bytes, precompute
 from pocketune.features.storage import pack, stored_bytes, unpack
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora
-from pocketune.models.base import Prompt, denoise
+from pocketune.models.base import Prompt, Streams, denoise
 from pocketune.models.load import ModelFolder
 from pocketune.phases.features import features_key
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan, Span, parse_plan, skip_ends
 from pocketune.progress import ignore
-from pocketune.sampling.draws import draw_samples, refresh_periods, step_draws
+from pocketune.sampling.draws import Draw, draw_samples, refresh_periods, step_draws
 from pocketune.step import Batch, predict, span_features
 from pocketune.watch import Watch
 from tests.reliability.test_job import LORA, quick_recipe
@@ -80,6 +83,45 @@ def test_cache_measures_what_storing_changes(dtype: str, bounds: tuple[float, fl
             squared += float(whole.double().square().sum())
     assert found.relative_error == pytest.approx(math.sqrt(squared_error / squared), rel=1e-6)
     assert bounds[0] <= found.relative_error <= bounds[1]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_each_draw_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Of a pool that is no multiple of a batch, by a pass that stops before a put, also in the middle of a batch."""
+    span, puts = Span(2, 4, skipped=True), 0
+    recipe = Recipe.create(instance_prompt="x", steps=3, batch_size=2, draws=3)
+    batches = step_draws(recipe, draw_samples(recipe, [(9, 9)], kind="instance"))
+    assert [[draw.index for draw in draws] for draws in batches] == [[0, 1], [2, 0], [1, 2]]
+
+    def rows(draws: Sequence[Draw]) -> dict[Span, Streams]:
+        return {span: (torch.cat([normal((1, 9, 4), draw.index) for draw in draws]),)}
+
+    class Stopping(FeatureCache):
+        def put(self, draw: int, features: dict[Span, Streams]) -> None:
+            nonlocal puts
+            if puts == stop:
+                raise KeyboardInterrupt
+            puts += 1
+            super().put(draw, features)
+
+    def fill(kind: type[FeatureCache]) -> FeatureCache:
+        cache = kind(tmp_path / "c", spans=[span], dtype=torch.int8)
+        precompute(None, BlockPlan(6), batches, list, cache, on_sample=lambda *_: None)
+        return cache
+
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)  # each draw is a shard
+    monkeypatch.setattr(passes, "span_features", lambda _, __, draws: rows(draws))
+    with suppress(KeyboardInterrupt):
+        fill(Stopping)
+    fill(FeatureCache)
+    cache = FeatureCache(tmp_path / "c", spans=[span], dtype=torch.int8)
+    once = FeatureCache(tmp_path / "once", spans=[span], dtype=torch.int8)
+    for draw in (*batches[0], batches[1][0]):
+        once.put(2 * draw.index, rows([draw]))
+    once.flush()
+    assert cache.relative_error == pytest.approx(once.relative_error) and cache.size_bytes == once.size_bytes
+    found, expected = (one.get([0, 2, 4], device=CPU, dtype=torch.float32)[span][0] for one in (cache, once))
+    assert torch.equal(found, expected)
 
 
 def test_reading_a_cache_does_not_bring_it_into_memory(tmp_path: Path) -> None:

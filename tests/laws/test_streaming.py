@@ -11,18 +11,22 @@ from torch import Tensor, nn
 
 from pocketune import scratch
 from pocketune.errors import FileFormatError
+from pocketune.memory import MemoryLog
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import load_scales
 from pocketune.methods.token import TokenMethod
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder, open_model
+from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan, parse_plan
+from pocketune.progress import ignore
 from pocketune.recipe import Recipe
 from pocketune.recompute import saved_to
 from pocketune.sample import run_pipeline
 from pocketune.scratch import Scratch
 from pocketune.step import Batch, diffusion_loss, flow_matching_loss, predict, span_features
 from pocketune.train import forget_activations, new_optimizer, train_step
+from pocketune.watch import Watch
 from pocketune.weights import stream
 from pocketune.weights.fill import RESIDENT, Residence
 from pocketune.weights.matrix import Matrix
@@ -217,6 +221,23 @@ def test_a_cropped_table_of_positions_gives_the_same_output(tiny_model: ModelFol
             outputs.append(denoise(adapter, batch.noisy, batch.timesteps, batch.prompt))
     assert adapter.model.pos_embed.pos_embed.shape[1] == 16
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize(("resolution", "low_resolution", "tokens"), [(64, 32, 4), (48, 16, 3), (48, 32, 8)])
+def test_a_table_cropped_for_mixed_training_gives_the_same_output_at_both_sizes(
+    tiny_model: ModelFolder, tmp_path: Path, resolution: int, low_resolution: int, tokens: int
+) -> None:
+    """The middle 2 x 2 of 8 x 8 tokens are not the middle of the middle 3 x 3: the table stays whole then."""
+    recipe = Recipe.create(instance_prompt="x", gradient="mixed", resolution=resolution, low_resolution=low_resolution)
+    job = Job(recipe, tiny_model, tmp_path, CPU, Watch(MemoryLog(), ignore))
+    cropped, whole = job.denoiser(range(6)), tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
+    assert cropped.model.pos_embed.pos_embed.shape[1] == tokens**2
+    batch = batch_for(tiny_model)
+    for side in (resolution // 8, low_resolution // 8):
+        noisy = batch.noisy[..., :side, :side]
+        with torch.no_grad():
+            outputs = [denoise(adapter, noisy, batch.timesteps, batch.prompt) for adapter in (cropped, whole)]
+        assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "flux", "sana"])

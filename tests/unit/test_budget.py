@@ -16,7 +16,7 @@ from pocketune.budget.ladder import changes, rungs
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.parts import ACTIVATIONS, ENCODERS, POSTERIORS
 from pocketune.budget.search import MemoryPlan, choose, fits, needs
-from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENTS, OTHERS
+from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENTS, OTHERS, WEIGHTS
 from pocketune.budget.whole import Ledgers, Setting, model_to_plan
 from pocketune.cgroups import CgroupLimits
 from pocketune.errors import PlanError
@@ -132,6 +132,7 @@ def test_mixed_training_needs_as_much_as_its_larger_step(ledgers: Ledgers) -> No
     backprop, mixed = training(), training(gradient="mixed")
     assert activations(training(resolution=32)) <= activations(mixed) < activations(backprop)
     assert mixed.item(MOMENTS) == backprop.item(MOMENTS)
+    assert mixed.item(WEIGHTS) == backprop.item(WEIGHTS)  # the table of positions is cropped for both sizes
     smallest = training(gradient="mixed", low_resolution=16, activations="recomputed")
     assert activations(smallest) >= activations(training(gradient="zeroth_order"))
     never, always = (training(gradient="mixed", mix_start=start, mix_end=start).flops for start in (9, -9))

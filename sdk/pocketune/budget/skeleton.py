@@ -119,7 +119,7 @@ def denoiser_skeleton(
         folder: the model.
         recipe: how its weights are held.
         blocks: the others are taken out.
-        latent_side: the only size that it will work at; None: any.
+        latent_side: the largest that it will work at; None: any.
     """
     adapter = folder.empty_denoiser()
     for index in set(range(adapter.block_count)) - set(blocks):

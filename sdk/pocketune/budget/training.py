@@ -21,6 +21,7 @@ from pocketune.budget.words import ShapeFolder
 from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
+from pocketune.models.positions import table_side
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.recompute import saved_to
@@ -52,10 +53,9 @@ class Shapes:
     samples: int = 1
     low_side: int | None = None
 
-    @property
-    def only_side(self) -> int | None:
-        """To which a table of positions can be cropped."""
-        return self.side if self.low_side is None else None
+    def table_side(self, folder: ModelFolder) -> int | None:
+        """To which the job crops a table of positions."""
+        return table_side(self.side, self.low_side, patch=folder.sizes.patch)
 
 
 class _NoOptimizer:
@@ -104,7 +104,7 @@ def _steps(
     folder: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes, *, device: torch.device, side: int, backprop: bool
 ) -> PhaseLedger:
     """All steps as one kind of them, at one size."""
-    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=shapes.only_side)
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=shapes.table_side(folder))
     weights = held_tensors(adapter.model)
     texts = ShapeFolder(folder)
     tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=_packed_alike(recipe), folder=cast(ModelFolder, texts))
@@ -185,7 +185,7 @@ def features_phase(
 ) -> PhaseLedger:
     """What is in memory while the features of skipped blocks are computed."""
     blocks = range(plan.skipped_spans[-1].stop)
-    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.only_side)
+    adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.table_side(folder))
     whole = BlockPlan(plan.block_count)
     batch = shaped_batch(folder, adapter, whole, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
     live = LiveBytes()

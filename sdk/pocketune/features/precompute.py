@@ -106,7 +106,8 @@ def precompute(
 ) -> None:
     """Store the features of every draw that the cache does not hold yet.
 
-    Draws are run in the batches in which they will train, so that the cached numbers are those of the full step.
+    Draws are run in the batches in which they will train, so that the cached numbers are those of the full step. A draw of two
+    batches is stored of the first.
 
     Args:
         adapter: the frozen denoiser with every block up to the last skipped one.
@@ -124,7 +125,8 @@ def precompute(
             if not all(draw.cache_number in cache for draw in draws):
                 features = span_features(adapter, plan, make_batch(draws))
                 for row, draw in enumerate(draws):
-                    cache.put(draw.cache_number, _row(features, row))
+                    if draw.cache_number not in cache:
+                        cache.put(draw.cache_number, _row(features, row))
             done += len(draws)
             on_sample(done, total)
     finally:

@@ -164,7 +164,8 @@ class ModelFolder:
             blocks: the others are taken out.
             weights: whether they are held in memory.
             quantization: hold the weights of Linears and convolutions packed in memory.
-            latent_side: the only size that it will work at, which saves the rest of a table of positions; default: any.
+            latent_side: the largest that it will work at, which saves the rest of a table of positions (`table_side` says
+                which smaller ones it works at too); default: any.
             tiles: the buffer of streamed weights; default: one of its own.
 
         Raises:

@@ -33,7 +33,7 @@ def promise_table(model: Any, config: Mapping[str, Any]) -> None:
 def crop_table(model: Any, side: int) -> Windows:
     """Shrink the table on the meta device to the middle `side` x `side` tokens, and say how to cut it from the stored one.
 
-    The model then works at that size alone, with the numbers that it had.
+    The model then works with the numbers that it had at that size, and at those smaller ones that `table_side` allows.
     """
     whole = model.config.get(_KEY)
     if not whole or side >= whole:
@@ -46,6 +46,20 @@ def crop_table(model: Any, side: int) -> Windows:
         return square.reshape(1, side * side, -1).clone()
 
     return {_TABLE: cut}
+
+
+def table_side(side: int, low_side: int | None, *, patch: int) -> int | None:
+    """The side to which the table can be cropped for all images of a training; None: it stays whole.
+
+    The middle of the middle is that of the whole table, where each is rounded down, if the sides differ by an even number of
+    tokens.
+
+    Args:
+        side: of the larger latents.
+        low_side: of the smaller ones; None: there are none.
+        patch: latent pixels along a token's side.
+    """
+    return side if low_side is None or (side - low_side) // patch % 2 == 0 else None
 
 
 def _resize(model: Any, side: int) -> None:

@@ -14,6 +14,7 @@ from pocketune.methods.base import TuningMethod
 from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
+from pocketune.models.positions import table_side
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sample import BATCH
@@ -105,8 +106,10 @@ class Job:
 
     @property
     def latent_side(self) -> int | None:
-        """The only size that training works at; None where there are two."""
-        return None if self.recipe.gradient == "mixed" else self.patches.smallest // self.folder.vae_scale
+        """Side of the latents to which a table of positions is cropped for training; None: it stays whole."""
+        scale = self.folder.vae_scale
+        low_side = self.low_resolution // scale if self.recipe.gradient == "mixed" else None
+        return table_side(self.patches.smallest // scale, low_side, patch=self.folder.sizes.patch)
 
     def denoiser(self, blocks: Collection[int]) -> DenoiserAdapter:
         """The denoiser with some of its blocks, as the recipe wants its weights held."""
