@@ -10,6 +10,8 @@ BFLOAT16_RELATIVE = 1 / 128
 # ONNX Runtime against PyTorch over six steps: the same float32 operations in another order, text and image encoders included.
 EDGE_LOSS = 2e-5
 EDGE_PARAMETER = 1e-5
+# Of a learning rate: AdamW makes part of a step out of the last digits of a gradient that is nearly zero.
+EDGE_SHARE_OF_A_STEP = 0.1
 # Sampled pixels, of 255 levels: a rounding away from the boundary of two levels.
 EDGE_IMAGE_LEVELS = 1
 # A difference of two float32 losses over 2e-3, against the exact slope, relative to the gradient's norm.

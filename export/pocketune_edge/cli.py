@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from pocketune.errors import Interrupted, PocketuneError
 from pocketune_edge.display import printable, say
+from pocketune_edge.versions import installed_version
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -45,9 +46,17 @@ def _run(given: argparse.Namespace) -> None:
     COMMANDS[given.command](given)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the code of errors."""
+        self.exit(EXIT_ERROR, f"error: {printable(message)}. `{self.prog} --help` lists what can be given.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pocketune-edge", description="Personalize and sample from an exported bundle.")
-    parser.add_argument("--version", action="version", version=f"pocketune-edge {version('pocketune')}")
+    parser = _Parser(prog="pocketune-edge", description="Personalize and sample from an exported bundle.")
+    parser.add_argument("--version", action="version", version=f"pocketune-edge {installed_version('pocketune')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("personalize", help="train a LoRA of the subject in some photos")

@@ -17,10 +17,9 @@ from pocketune.units import duration, readable_size
 from pocketune_edge.bundle import Bundle, open_bundle, telling
 from pocketune_edge.delta import RESULTS, find_result, load_result, neutral
 from pocketune_edge.display import Display, printable, say
-from pocketune_edge.errors import SettingError
 from pocketune_edge.job import personalize
 from pocketune_edge.sample import render
-from pocketune_edge.session import Sessions
+from pocketune_edge.session import Sessions, check_threads
 from pocketune_edge.settings import CHANGEABLE, settings_of
 
 
@@ -34,7 +33,7 @@ def _personalize(given: argparse.Namespace) -> None:
             changes=changes,
             streaming=given.streaming,
             resume=given.resume,
-            threads=_checked_threads(given.threads),
+            threads=given.threads,
             on_progress=display,
         )
     result = {
@@ -55,7 +54,8 @@ def _personalize(given: argparse.Namespace) -> None:
 
 
 def _sample(given: argparse.Namespace) -> None:
-    paths, threads = numbered_images(given.out, len(given.prompt), suffixes=(".png",)), _checked_threads(given.threads)
+    paths = numbered_images(given.out, len(given.prompt), suffixes=(".png",))
+    check_threads(given.threads)
     if given.lora is not None:
         find_result(given.lora, *RESULTS)  # what is missing is said before gigabytes are hashed
     with Display(sys.stderr, quiet=given.quiet) as display:
@@ -63,7 +63,7 @@ def _sample(given: argparse.Namespace) -> None:
         asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
         settings, _ = settings_of(bundle.manifest, asked)
         parameters = neutral(bundle.manifest.tuned) if given.lora is None else load_result(bundle, given.lora).flat
-        sessions = Sessions(bundle, keep=not given.streaming, threads=threads)
+        sessions = Sessions(bundle, keep=not given.streaming, threads=given.threads)
         display(_event("text", 0, 0, "prompt"))
         images = render(
             sessions,
@@ -131,13 +131,6 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 def _event(phase: str, done: int, total: int, unit: str) -> Progress:
     return Progress(phase=phase, done=done, total=total, unit=unit, rss_bytes=read_memory().rss_bytes)
-
-
-def _checked_threads(threads: int | None) -> int | None:
-    if threads is not None and not 1 <= threads <= 1024:
-        msg = f"--threads must be between 1 and 1024, got {threads}."
-        raise SettingError(msg)
-    return threads
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -39,7 +39,8 @@ def check_bound(manifest: Manifest, *, draws: int, limit_mb: int, bfloat16: bool
     if needed > limit:
         msg = (
             f"the feature cache needs {readable_size(needed)} for {draws} draws, the limit is {readable_size(limit)}. "
-            f"Give --cache-limit-mb {needed // 1_000_000 + 1}, or fewer --steps, or export with `draws` in the recipe."
+            f"Give --cache-limit-mb {needed // 1_000_000 + 1} in a new run, or fewer --steps, "
+            "or export with fewer `draws` in the recipe."
         )
         raise PlanError(msg)
 

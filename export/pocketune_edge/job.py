@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 from PIL import Image
 
 from pocketune.allocator import return_freed_memory
@@ -39,14 +39,15 @@ from pocketune_edge.delta import RESULTS, neutral, save_result, start_values
 from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.features import check_bound, precompute
 from pocketune_edge.sample import GROUP, render
-from pocketune_edge.session import Sessions
+from pocketune_edge.session import Sessions, check_threads
 from pocketune_edge.settings import Settings, settings_of
 from pocketune_edge.state import CheckpointFolder, State
 from pocketune_edge.steps import Mode, check_mode, stepper_of
 from pocketune_edge.text import Prompt, encode_prompts
 from pocketune_edge.train import train
+from pocketune_edge.versions import installed_version
 
-_LIBRARIES = ("pocketune", "onnxruntime", "numpy", "pillow", "safetensors", "tokenizers")
+_LIBRARIES = ("pocketune", "numpy", "pillow", "safetensors", "tokenizers")
 
 
 @dataclass
@@ -73,17 +74,17 @@ class Job:
         Raises:
             Interrupted: on Ctrl-C in a phase whose work is kept.
         """
-        with self.watch.phase(name):
-            sessions = Sessions(self.bundle, keep=keep and not self.streaming, threads=self.threads)
-            try:
+        sessions = Sessions(self.bundle, keep=keep and not self.streaming, threads=self.threads)
+        try:
+            with self.watch.phase(name):
                 yield sessions
-            except KeyboardInterrupt as error:
-                if not resumable:
-                    raise
-                msg = f"stopped while making {name}; what is done is kept. Give the same command with --resume to go on."
-                raise Interrupted(msg) from error
-            finally:
-                sessions.close()
+        except KeyboardInterrupt as error:
+            if not resumable:
+                raise
+            msg = f"stopped at {name}; what is done is kept. Give the same command with --resume to go on."
+            raise Interrupted(msg) from error
+        finally:
+            sessions.close()
 
     def encode_prompts(self) -> dict[Kind, Prompt]:
         """Text embeddings of the prompts that training uses."""
@@ -198,7 +199,7 @@ class Job:
             self.watch.tell("training", done, total, "step", loss)
             began = time.process_time()
 
-        with self.phase("training") as sessions:
+        with self.phase("training", resumable=cache is not None) as sessions:
             stepper = stepper_of(sessions, self.settings, mode=self.mode)
             state = train(
                 stepper,
@@ -250,6 +251,8 @@ def personalize(
     """
     run = Path(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {name: installed_version(name) for name in _LIBRARIES} | {"onnxruntime": onnxruntime.__version__}
+    check_threads(threads)
     if streaming:
         return_freed_memory()
     with MemoryLog() as memory:
@@ -281,7 +284,7 @@ def personalize(
                 "seconds": job.watch.seconds,
                 "step_cpu_seconds": job.step_cpu_seconds,
                 "photos": [photo.name for photo in loaded],
-                "versions": {name: version(name) for name in _LIBRARIES},
+                "versions": versions,
                 "started": started,
             }
             write_text(run / DEVICE_RECORD_FILE, json.dumps(record, indent=1) + "\n")

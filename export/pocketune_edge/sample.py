@@ -14,6 +14,7 @@ from PIL import Image
 from pocketune.sampling.intervals import interval_of
 from pocketune.sampling.philox import Stream, normals
 from pocketune_edge.denoiser import Denoiser, Floats
+from pocketune_edge.errors import SettingError
 from pocketune_edge.noise import sampler_of
 from pocketune_edge.session import Array, Sessions
 from pocketune_edge.text import Prompt, encode_prompts, negative_prompt, stack
@@ -42,7 +43,13 @@ def render(
         guidance: scale; 1 or less turns guidance off, as in diffusers.
         parameters: the vectors of what was trained, of all intervals; `neutral` for the base model.
         on_step: called with (done, total) sampler steps of all images.
+
+    Raises:
+        SettingError: no step, or seeds that do not fit the prompts.
     """
+    if steps < 1 or len(seeds) != len(prompts) or any(seed < 0 for seed in seeds):
+        msg = f"cannot sample {len(prompts)} prompts with seeds {list(seeds)} in {steps} steps. Give a seed from 0 on for each."
+        raise SettingError(msg)
     manifest = sessions.bundle.manifest
     encoded = encode_prompts(sessions, [*prompts, ""] if guidance > 1 else prompts)
     negative = negative_prompt(manifest, encoded[""]) if guidance > 1 else None

@@ -15,13 +15,24 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketune_edge.bundle import Bundle
-from pocketune_edge.errors import RuntimeFault
+from pocketune_edge.errors import RuntimeFault, SettingError
 from pocketune_edge.manifest import Graph
 
 Array = NDArray[Any]
 Values = Mapping[str, Array]
 
 _DTYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that the runtime would take for another one.
+
+    Raises:
+        SettingError: it is not between 1 and 1024.
+    """
+    if threads is not None and not 1 <= threads <= 1024:
+        msg = f"the number of threads must be between 1 and 1024, got {threads}."
+        raise SettingError(msg)
 
 
 class Session:

@@ -109,7 +109,7 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
     try:
         settings = Settings.of(manifest.recipe | given, older=older)
     except MisfitError as error:
-        msg = f"a setting is not valid: {error}. `pocketune-edge personalize --help` lists them."
+        msg = f"a setting is not valid: {error}. Give another value."
         raise SettingError(msg) from error
     # As they were read: 1 for a rate is 1.0, which has another fingerprint.
     return settings, manifest.recipe | {name: getattr(settings, name) for name in given}

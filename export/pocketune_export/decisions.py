@@ -24,6 +24,7 @@ def check_exportable(recipe: Recipe) -> None:
         "timestep_high": (recipe.timestep_high != 1000, "devices draw from all timesteps"),
         "gradient": (recipe.gradient == "mixed", "its graphs have one resolution"),
         "patches": (recipe.patches != "none", "devices cut whole squares"),
+        "dtype": (recipe.dtype != "float32", "devices compute in float32, PyTorch would not"),
         "cache_dtype": (recipe.cache_dtype == "int8", "devices store features as float32 or bfloat16"),
         "weights": (
             recipe.weights == "streamed" and recipe.weight_bits is not None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pocketune.errors import ModelError
 from pocketune.models import unet
 from pocketune.models.load import ModelFolder
+from pocketune.models.quiet import loading
 from pocketune_export.capture import Capture, capture, frozen_weights
 from pocketune_export.graphspec import TensorSpec
 from pocketune_export.training import Named, spec
@@ -70,11 +71,8 @@ def read_tokenizer(folder: ModelFolder, number: int) -> Tokenizer:
         ModelError: it is missing, or no fast tokenizer.
     """
     path = folder.path / _ENCODERS[number].replace("text_encoder", "tokenizer")
-    try:
+    with loading(f"the tokenizer {path}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        msg = f"{folder.name} has no readable tokenizer in {path}: {str(error).splitlines()[0][:200]}. Download it again."
-        raise ModelError(msg) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.pad_token_id is None:
         msg = f"the tokenizer in {path} is not of the tokenizers library, or has no padding token; it cannot go to a device."
@@ -178,9 +176,6 @@ def _class_of(folder: ModelFolder, number: int) -> str:
 
 
 def _load(kind: Any, path: Path) -> nn.Module:
-    try:
+    with loading(f"the text encoder {path}"):
         model: nn.Module = kind.from_pretrained(path, dtype="auto", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        msg = f"cannot read the text encoder {path}: {str(error).splitlines()[0][:200]}. Download the model again."
-        raise ModelError(msg) from error
     return model.eval().requires_grad_(False)

@@ -45,7 +45,8 @@ TOLERANCE = 1e-5
 
 AdamW makes steps of about the learning rate out of gradients of any size, and so a tenth of a step out of the last digits of
 those that are nearly zero: above a learning rate of 1e-4 parameters may differ by a tenth of it. Of the two rates of scales
-the larger one counts.
+the larger one counts. Plain descent of zeroth order makes far smaller steps: there parameters may differ by a hundredth of
+the way that they went.
 """
 
 
@@ -148,8 +149,12 @@ def verify(
                 worst.see(worst.gradients, name, _share(difference, largest))
             worst.see(worst.parameters, name, _share(_largest_difference(parameters[name], found[name]), 1.0))
         on_step(number, steps)
-    optimizer_rate = max(manifest.optimizer.learning_rate, manifest.optimizer.in_learning_rate or 0.0)
-    tolerance = max(TOLERANCE, optimizer_rate / 10)
+    if manifest.optimizer.kind == "descent":
+        tolerance = (
+            float(np.abs(torch.cat([parameters[name].detach().reshape(-1) for name in names]).numpy() - start).max()) / 100
+        )
+    else:
+        tolerance = max(TOLERANCE, max(manifest.optimizer.learning_rate, manifest.optimizer.in_learning_rate or 0.0) / 10)
     return Verification(mode, steps, worst.loss, worst.gradients, worst.parameters, tolerance)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pocketune.errors import RunError
+from pocketune.procfs import read_procfs
 
 
 @contextmanager
@@ -50,6 +52,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
+    """Read without setting it, as `os.umask` must: another thread may make a file at that moment."""
+    told = re.search(r"^Umask:\s*([0-7]+)$", read_procfs(Path("/proc/self/status")), re.MULTILINE)
+    if told:
+        return int(told[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

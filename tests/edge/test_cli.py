@@ -12,6 +12,7 @@ import pytest
 from pocketune import Progress
 from pocketune_edge.cli import main
 from pocketune_edge.display import Display
+from pocketune_edge.versions import installed_version
 from tests.edge.handmade import make_bundle
 
 COMMAND = [sys.executable, "-m", "pocketune_edge.cli"]
@@ -75,13 +76,13 @@ def test_a_resumed_phase_does_not_count_what_was_done_before() -> None:
         (["inspect", "evil\x1b[31m"], "the bundle "),
         (["personalize", "B", "nophoto.jpg", "--out", "run"], "nophoto.jpg"),
         (["personalize", "B", "P", "--out", "run", "--steps", "0"], "steps: expected a number of at least 1"),
-        (["personalize", "B", "P", "--out", "run", "--threads", "0"], "--threads must be between"),
+        (["personalize", "B", "P", "--out", "run", "--threads", "0"], "threads must be between"),
         (["personalize", "B", "P", "--out", "taken"], "taken exists already"),
         (["personalize", "B", "P", "--out", "run", "--resume"], "no interrupted run"),
         (["sample", "B", "--prompt", "x", "--out", "x.gif"], "end in .png"),
         (["sample", "B", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
         (["sample", "nowhere", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
-        (["sample", "nowhere", "--prompt", "x", "--threads", "0"], "--threads must be between"),
+        (["sample", "nowhere", "--prompt", "x", "--threads", "0"], "threads must be between"),
         (["sample", "B", "--prompt", "x", "--lora", "x" * 300], "File name too long"),
         (["personalize", "B", "P", "--out", "x" * 300], "File name too long"),
     ],
@@ -105,6 +106,20 @@ def test_errors_are_one_line_and_exit_code_2(
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert message.replace("nowhere", "") in err.replace(str(tmp_path) + "/", "") and "\x1b" not in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance"], ["personalize", "B"], ["sample", "B", "--prompt", "x", "--steps", "many"]]
+)
+def test_so_is_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_library_without_metadata_has_no_known_version() -> None:
+    assert installed_version("pocketune") != installed_version("of another name") == "unknown"
 
 
 def test_a_bundle_is_hashed_with_progress(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:

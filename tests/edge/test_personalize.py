@@ -16,8 +16,11 @@ from pocketune import personalize as personalize_with_torch
 from pocketune.errors import Interrupted, PhotoError, PlanError, PocketuneError, RunError
 from pocketune.inspection import inspect
 from pocketune_edge.bundle import open_bundle
+from pocketune_edge.delta import neutral
 from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.job import personalize
+from pocketune_edge.sample import render
+from pocketune_edge.session import Sessions
 from tests.edge.both_sides import LORA, assert_alike, largest_difference, sample_on_device, stop_at
 from tests.edge.conftest import edge_recipe, recipe_of
 from tests.tolerances import EDGE_LOSS, EDGE_PARAMETER
@@ -109,6 +112,39 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
     assert record["losses"] == edge_run[1]["losses"]
 
 
+@pytest.mark.parametrize("phase", ["features", "training"])
+def test_a_stop_at_the_first_word_of_a_phase_says_how_to_go_on(
+    skipping_bundle: Path, toy_photos: Path, tmp_path: Path, phase: str
+) -> None:
+    def stop(event: Progress) -> None:
+        if event.phase == phase:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=f"stopped at {phase}.*--resume"):
+        personalize(skipping_bundle, toy_photos, out=tmp_path / "run", threads=1, on_progress=stop)
+
+
+def test_threads_that_the_runtime_would_misread_are_refused(skipping_bundle: Path, toy_photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="between 1 and 1024"):
+        personalize(skipping_bundle, toy_photos, out=tmp_path / "run", threads=-1)
+
+
+@pytest.mark.parametrize(("seeds", "steps"), [([], 2), ([-1], 2), ([0], 0)])
+def test_what_cannot_be_sampled_is_refused(skipping_bundle: Path, seeds: list[int], steps: int) -> None:
+    bundle = open_bundle(skipping_bundle)
+    images = render(
+        Sessions(bundle, keep=False),
+        ["x"],
+        seeds=seeds,
+        steps=steps,
+        guidance=1.0,
+        parameters=neutral(bundle.manifest.tuned),
+        on_step=lambda *_: None,
+    )
+    with pytest.raises(SettingError, match="cannot sample"):
+        next(images)
+
+
 @pytest.mark.slow
 def test_features_stopped_and_resumed(
     skipping_bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path
@@ -118,7 +154,7 @@ def test_features_stopped_and_resumed(
             signal.raise_signal(signal.SIGINT)
 
     out = tmp_path / "run"
-    with pytest.raises(Interrupted, match="computing features"):
+    with pytest.raises(Interrupted, match="stopped at features"):
         personalize(skipping_bundle, toy_photos, out=out, threads=1, on_progress=stop)
     personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True)
     assert (out / LORA).read_bytes() == (edge_run[0] / LORA).read_bytes()

@@ -49,6 +49,16 @@ def test_an_archive_is_made_and_verified(small_model: ModelFolder, recipe: Path,
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+def test_a_quiet_export_prints_nothing(
+    small_model: ModelFolder, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by the command line nor by a library under it, which would write past the runner's streams."""
+    arguments = ["--model", str(small_model.path), "--recipe", str(recipe), "--out", str(tmp_path / "toy"), "--quiet"]
+    made = CliRunner().invoke(app, arguments)
+    assert (made.exit_code, made.stdout, made.stderr) == (0, "", "")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,6 +24,7 @@ from pocketune_export.writer import BundleWriter, Described
         ({"weights": "streamed", "weight_bits": 8}, "a packed copy"),
         ({"optimizer_in_backward": True, "activations": "recomputed"}, "norm of all blocks"),
         ({"vae_tile": 64}, "whole images"),
+        ({"dtype": "bfloat16"}, "compute in float32"),
     ],
 )
 def test_what_devices_cannot_do_is_refused(changes: dict[str, object], reason: str) -> None:

@@ -1,6 +1,7 @@
 """The law of zeroth-order bundles: they take the very steps that PyTorch takes, and hold nothing for going backwards."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import start_values
-from pocketune_edge.state import fresh_state
-from pocketune_edge.steps import Mode
+from pocketune_edge.state import State, fresh_state
+from pocketune_edge.steps import Mode, Parts, Stepped
 from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
 from tests.export.conftest import Exporting
 
@@ -35,6 +36,22 @@ def test_twenty_steps_equal_pytorch(
     found = verify(bundle_of(kind), model=small_model.path, steps=20, mode=mode)
     assert found.passed, (found.worst_parameter, found.parameters[found.worst_parameter], found.loss)
     assert not found.gradients
+
+
+def test_steps_that_go_too_far_do_not_pass(
+    bundle_of: Callable[[str], Bundle], small_model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a twentieth, which is little beside the learning rate: descent makes small steps."""
+    bundle = bundle_of("descent")
+    true_step = open_steps(bundle)
+
+    def too_far(state: State, given: Parts) -> Stepped:
+        result = true_step(state, given)
+        way = result.state.parameters - state.parameters
+        return replace(result, state=replace(result.state, parameters=result.state.parameters + way / 20))
+
+    monkeypatch.setattr("pocketune_export.verify.open_steps", lambda *_: too_far)
+    assert not verify(bundle, model=small_model.path, steps=20).passed
 
 
 @pytest.mark.parametrize("kind", ["descent", pytest.param("adam", marks=pytest.mark.slow)])

@@ -116,3 +116,10 @@ def test_full_disk(tiny_disk):
     assert contents(tiny_disk) == {"a.txt": "old"}
     write_text(path, "fits")
     assert contents(tiny_disk) == {"a.txt": "fits"}
+
+
+def test_the_umask_is_left_alone(tmp_path, monkeypatch):
+    """Another thread may write a file at this moment."""
+    monkeypatch.setattr("os.umask", lambda _: pytest.fail("changes the umask"))
+    write_text(tmp_path / "a.txt", "text")
+    assert contents(tmp_path) == {"a.txt": "text"}
