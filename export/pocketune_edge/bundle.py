@@ -43,17 +43,20 @@ class Bundle:
     def model(self, graph: Graph) -> tuple[bytes, Path]:
         """A graph's ONNX bytes, and the folder relative to which its weights are found.
 
-        From an archive, the graph is given with its weights placed inside the archive, so that they are mapped from there.
+        The graph is given with its weights placed anew where they were checked to be; from an archive, they lie inside the
+        archive, so that they are mapped from there.
         """
-        content = self.read(graph.file)
-        if not isinstance(self._storage, Archive):
-            return content, self.path
+        archived = isinstance(self._storage, Archive)
 
         def place(file: str) -> tuple[str, int]:
             found = self._storage.place(file)
-            return found.file.name, found.start
+            return found.file.name if archived else file, found.start
 
-        return move_weights(content, place), self.path.parent
+        try:
+            content = move_weights(self.read(graph.file), place)
+        except WireError as error:
+            _refuse(self.path, f"{graph.file} changed after it was checked: {error}")
+        return content, self.path.parent if archived else self.path
 
     @property
     def total_bytes(self) -> int:

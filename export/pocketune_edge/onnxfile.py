@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
-from pocketune_edge.wire import BYTES, WireError, field, fields, nested, number_in, numbers, text
+from pocketune_edge.agreement import MAX_ELEMENTS
+from pocketune_edge.wire import BYTES, Kind, Message, WireError, encoded, fields
 
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _DTYPES = {1: "float32", 7: "int64"}
+_MAX_DIMENSIONS = 8
 _EXTERNAL = 1
-MAX_ELEMENTS = 2**40
+_WHOLE_NUMBER = re.compile("0|[1-9][0-9]{0,18}")
+_OTHER_FORMAT = b"ORTM"
+"""In bytes 4 to 7, makes ONNX Runtime take a file for one of its own format, whatever else is in it."""
 
-# Field numbers of onnx.proto.
-_MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 20, 25
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
-_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 13, 14
+# The part of onnx.proto that exported graphs use. What is not here is refused: functions, graphs in nodes, sparse tensors,
+# metadata, symbolic sides, tensors that are neither raw bytes nor elsewhere.
+_MODEL_GRAPH, _MODEL_OPSET = 7, 8
+_MODEL = Message("the model", {1: Kind.INT64, 2: Kind.TEXT, _MODEL_GRAPH: Kind.BYTES}, {_MODEL_OPSET: Kind.BYTES})
+_OPSET = Message("an operator set", {1: Kind.TEXT, 2: Kind.INT64})
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE = 1, 5, 11, 12, 13
+_GRAPH = Message(
+    "the graph",
+    {2: Kind.TEXT},
+    dict.fromkeys((_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_VALUE), Kind.BYTES),
+)
+_NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
+_NODE = Message(
+    "a node", {3: Kind.TEXT, 4: Kind.TEXT, _NODE_DOMAIN: Kind.TEXT}, {1: Kind.TEXT, 2: Kind.TEXT, _NODE_ATTRIBUTE: Kind.BYTES}
+)
+_ATTRIBUTE_TENSOR = 5
+_ATTRIBUTE = Message(
+    "an attribute",
+    {1: Kind.TEXT, 2: Kind.FLOAT, 3: Kind.INT64, 4: Kind.BYTES, _ATTRIBUTE_TENSOR: Kind.BYTES, 20: Kind.INT32},
+    {8: Kind.INT64},
+)
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 9, 13, 14
+_TENSOR = Message(
+    "a tensor",
+    {_TENSOR_TYPE: Kind.INT32, _TENSOR_NAME: Kind.TEXT, _TENSOR_RAW: Kind.BYTES, _TENSOR_LOCATION: Kind.INT32},
+    {_TENSOR_DIMS: Kind.INT64, _TENSOR_EXTERNAL: Kind.BYTES},
+)
+_PAIR = Message("an entry", {1: Kind.TEXT, 2: Kind.TEXT})
+_PORT = Message("a value", {1: Kind.TEXT, 2: Kind.BYTES})
+_TYPE = Message("a type", {1: Kind.BYTES})
+_TENSOR_KIND = Message("a tensor's type", {1: Kind.INT32, 2: Kind.BYTES})
+_SHAPE = Message("a shape", {}, {1: Kind.BYTES})
+_SIDE = Message("a side", {1: Kind.INT64})
+_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,6 @@ class GraphFile:
     """What a file holds. opset: of ai.onnx."""
 
     opset: int
-    operators: frozenset[str]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     weights: tuple[External, ...]
@@ -54,17 +88,18 @@ def read_graph_file(content: bytes) -> GraphFile:
     """Read the structure of a plain graph.
 
     Raises:
-        WireError: it is no ONNX file, or not plain: other operator domains, nested graphs, functions, sparse or odd weights.
+        WireError: it is no ONNX file, or not plain: other operator domains, nested graphs, functions, sparse or odd weights, or
+            anything that another parser may read in another way.
     """
+    if content[4:8] == _OTHER_FORMAT:
+        _refuse("it poses as a file of another format")
     opsets: list[int] = []
     graphs: list[memoryview] = []
-    for number, _, value in fields(memoryview(content)):
+    for number, value in _MODEL.read(memoryview(content)):
         if number == _MODEL_GRAPH:
-            graphs.append(nested(value))
+            graphs.append(value)
         elif number == _MODEL_OPSET:
-            opsets.append(_read_opset(nested(value)))
-        elif number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
-            _refuse("it has functions or training information of its own")
+            opsets.append(_read_opset(value))
     if len(graphs) != 1 or len(opsets) != 1:
         _refuse("expected one graph and one operator set")
     return _read_graph(graphs[0], opsets[0])
@@ -76,127 +111,130 @@ def move_weights(content: bytes, place: Callable[[str], tuple[str, int]]) -> byt
     Args:
         content: of a file that `read_graph_file` accepts.
         place: from the name of a weight file to another file's name, and the byte in it at which the weight file begins.
+
+    Raises:
+        WireError: it is no such file.
     """
     model = []
-    for number, kind, value in fields(memoryview(content)):
-        if number == _MODEL_GRAPH:
+    for number, wire_type, value in fields(memoryview(content)):
+        if number == _MODEL_GRAPH and isinstance(value, memoryview):
             graph = [
-                field(n, k, _moved_tensor(nested(v), place) if n == _GRAPH_INITIALIZER else v)
-                for n, k, v in fields(nested(value))
+                encoded(
+                    n, kind, _moved_tensor(part, place) if n == _GRAPH_INITIALIZER and isinstance(part, memoryview) else part
+                )
+                for n, kind, part in fields(value)
             ]
-            value = memoryview(b"".join(graph))
-        model.append(field(number, kind, value))
+            model.append(encoded(number, wire_type, b"".join(graph)))
+        else:
+            model.append(encoded(number, wire_type, value))
     return b"".join(model)
 
 
 def _read_graph(graph: memoryview, opset: int) -> GraphFile:
-    operators, inputs, outputs, weights = set(), [], [], []
-    for number, _, value in fields(graph):
+    inputs, outputs, weights = [], [], []
+    for number, value in _GRAPH.read(graph):
         if number == _GRAPH_NODE:
-            operators.add(_read_node(nested(value)))
+            _check_node(value)
         elif number == _GRAPH_INITIALIZER:
-            external = _read_tensor(nested(value))
+            external = _read_tensor(value)
             if external is not None:
                 weights.append(external)
         elif number == _GRAPH_INPUT:
-            inputs.append(_read_port(nested(value)))
+            inputs.append(_read_port(value))
         elif number == _GRAPH_OUTPUT:
-            outputs.append(_read_port(nested(value)))
-        elif number == _GRAPH_SPARSE:
-            _refuse("it has sparse weights")
-    return GraphFile(opset, frozenset(operators), tuple(inputs), tuple(outputs), tuple(weights))
+            outputs.append(_read_port(value))
+        elif number == _GRAPH_VALUE:
+            _read_value(value)
+    return GraphFile(opset, tuple(inputs), tuple(outputs), tuple(weights))
 
 
 def _read_opset(message: memoryview) -> int:
-    domain, version = "", 0
-    for number, _, value in fields(message):
-        if number == 1:
-            domain = text(value)
-        elif number == 2:
-            version = number_in(value)
+    found = dict(_OPSET.read(message))
+    domain = found.get(1, "")
     if domain not in ("", "ai.onnx"):
         _refuse(f"it needs operators of {domain[:80]!r}; only ai.onnx is allowed")
+    version: int = found.get(2, 0)
     return version
 
 
-def _read_node(message: memoryview) -> str:
-    operator = ""
-    for number, _, value in fields(message):
-        if number == 4:
-            operator = text(value)
-        elif number == 7 and text(value) not in ("", "ai.onnx"):
-            _refuse(f"it uses an operator of {text(value)[:80]!r}; only ai.onnx is allowed")
-        elif number == 5:
-            _check_attribute(nested(value))
-    return operator
-
-
-def _check_attribute(message: memoryview) -> None:
-    for number, _, value in fields(message):
-        if number in (6, 11, 22, 23):  # a graph, graphs, a sparse tensor, sparse tensors
-            _refuse("a node holds a graph or a sparse tensor of its own")
-        if number in (5, 10) and _read_tensor(nested(value)) is not None:
-            _refuse("a node's attribute refers to another file")
+def _check_node(message: memoryview) -> None:
+    for number, value in _NODE.read(message):
+        if number == _NODE_DOMAIN and value not in ("", "ai.onnx"):
+            _refuse(f"it uses an operator of {value[:80]!r}; only ai.onnx is allowed")
+        elif number == _NODE_ATTRIBUTE:
+            for part, inner in _ATTRIBUTE.read(value):
+                if part == _ATTRIBUTE_TENSOR and _read_tensor(inner) is not None:
+                    _refuse("a node's attribute refers to another file")
 
 
 def _read_tensor(message: memoryview) -> External | None:
-    name, dims, kind, external = "", [], 0, False
+    name, kind, location, raw = "", 0, 0, _NOTHING
+    dims: list[int] = []
     stored: dict[str, str] = {}
-    for number, _, value in fields(message):
+    for number, value in _TENSOR.read(message):
         if number == _TENSOR_DIMS:
-            dims += numbers(value)
+            dims.append(_side(value, known=len(dims)))
         elif number == _TENSOR_TYPE:
-            kind = number_in(value)
+            kind = value
         elif number == _TENSOR_NAME:
-            name = text(value)
+            name = value
+        elif number == _TENSOR_RAW:
+            raw = value
         elif number == _TENSOR_EXTERNAL:
-            stored |= dict([_read_pair(nested(value))])
+            key, said = _read_pair(value)
+            if key in stored or key not in ("location", "offset", "length"):
+                _refuse(f"a tensor has the entry {key[:80]!r} twice or for another runtime")
+            stored[key] = said
         elif number == _TENSOR_LOCATION:
-            external = number_in(value) == _EXTERNAL
+            location = value
     elements = math.prod(dims)
-    if kind not in _ITEM_BYTES or min(dims, default=0) < 0 or elements > MAX_ELEMENTS:
+    if kind not in _ITEM_BYTES or elements > MAX_ELEMENTS:
         _refuse(f"the tensor {name[:80]!r} has the type {kind} or an impossible shape")
-    if not external:
-        if stored:
+    size = elements * _ITEM_BYTES[kind]
+    if location != _EXTERNAL:
+        if stored or location:
             _refuse(f"the tensor {name[:80]!r} is said to be in this file and in another")
+        if len(raw) != size:
+            _refuse(f"the tensor {name[:80]!r} has {len(raw)} bytes for {elements} elements")
         return None
     file, offset, length = stored.get("location", ""), stored.get("offset", "0"), stored.get("length", "")
-    if not (file and offset.isdecimal() and length.isdecimal() and len(offset) < 20 and len(length) < 20):
+    if not (file and _WHOLE_NUMBER.fullmatch(offset) and _WHOLE_NUMBER.fullmatch(length)) or raw:
         _refuse(f"the tensor {name[:80]!r} does not say where its data lies")
-    if int(length) != elements * _ITEM_BYTES[kind]:
+    if int(length) != size:
         _refuse(f"the tensor {name[:80]!r} claims {length} bytes for {elements} elements")
     return External(name, file, int(offset), int(length))
 
 
+def _side(value: int, *, known: int) -> int:
+    """A side of a shape of which some sides are known; nothing is computed of a shape that cannot be."""
+    if known == _MAX_DIMENSIONS or not 0 <= value <= MAX_ELEMENTS:
+        _refuse("it has an impossible shape")
+    return value
+
+
 def _read_pair(message: memoryview) -> tuple[str, str]:
-    pair = {number: text(value) for number, _, value in fields(message)}
+    pair = dict(_PAIR.read(message))
     return pair.get(1, ""), pair.get(2, "")
 
 
 def _read_port(message: memoryview) -> Port:
-    name, dims, kind = "", [], 0
-    for number, _, value in fields(message):
-        if number == 1:
-            name = text(value)
-        elif number == 2:
-            for part, _, inner in fields(nested(value)):
-                if part != 1:
-                    _refuse(f"{name[:80]!r} is not a plain tensor")
-                for item, _, deeper in fields(nested(inner)):
-                    if item == 1:
-                        kind = number_in(deeper)
-                    elif item == 2:
-                        dims = [_read_side(nested(side)) for n, _, side in fields(nested(deeper)) if n == 1]
+    name, shape, kind = _read_value(message)
     if kind not in _DTYPES:
         _refuse(f"{name[:80]!r} has the type {kind}, expected float32 or int64")
-    return Port(name, tuple(dims), _DTYPES[kind])
+    return Port(name, shape, _DTYPES[kind])
 
 
-def _read_side(message: memoryview) -> int:
-    for number, _, value in fields(message):
-        if number == 1:
-            return number_in(value)
-    return -1  # a symbolic side, which no manifest has
+def _read_value(message: memoryview) -> tuple[str, tuple[int, ...], int]:
+    """Name, shape and type of a value."""
+    value = dict(_PORT.read(message))
+    name: str = value.get(1, "")
+    tensor = dict(_TENSOR_KIND.read(dict(_TYPE.read(value.get(2, _NOTHING))).get(1, _NOTHING)))
+    if 2 not in tensor:
+        _refuse(f"{name[:80]!r} has no shape")
+    sides: list[int] = []
+    for _, side in _SHAPE.read(tensor[2]):
+        sides.append(_side(dict(_SIDE.read(side)).get(1, -1), known=len(sides)))
+    return name, tuple(sides), tensor.get(1, 0)
 
 
 def _moved_tensor(message: memoryview, place: Callable[[str], tuple[str, int]]) -> bytes:
@@ -205,9 +243,9 @@ def _moved_tensor(message: memoryview, place: Callable[[str], tuple[str, int]]) 
         return bytes(message)
     file, start = place(external.file)
     entries = {"location": file, "offset": str(start + external.offset), "length": str(external.length)}
-    kept = [field(number, kind, value) for number, kind, value in fields(message) if number != _TENSOR_EXTERNAL]
-    pairs = [field(1, BYTES, key.encode()) + field(2, BYTES, value.encode()) for key, value in entries.items()]
-    return b"".join([*kept, *(field(_TENSOR_EXTERNAL, BYTES, pair) for pair in pairs)])
+    kept = [encoded(number, kind, value) for number, kind, value in fields(message) if number != _TENSOR_EXTERNAL]
+    pairs = [encoded(1, BYTES, key.encode()) + encoded(2, BYTES, value.encode()) for key, value in entries.items()]
+    return b"".join([*kept, *(encoded(_TENSOR_EXTERNAL, BYTES, pair) for pair in pairs)])
 
 
 def _refuse(reason: str) -> NoReturn:

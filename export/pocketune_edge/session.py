@@ -53,6 +53,7 @@ class Session:
         options.log_severity_level = 4
         if threads is not None:
             options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the bytes claim to be
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:

@@ -20,8 +20,10 @@ from onnx import GraphProto, ModelProto, helper, numpy_helper
 from pocketune.errors import ModelError
 from pocketune.models import mmdit
 from pocketune.models.load import ModelFolder, open_model
+from pocketune_edge.agreement import path_fault
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import load_result, neutral
+from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Graph
 from pocketune_export.bundle import check_new, new_folder
 
@@ -48,6 +50,7 @@ def write_ort_pipeline(bundle: Bundle, out: Path, *, lora: Path | None = None, m
         model: what was exported, for configurations and tokenizers; default: the bundle's model name.
 
     Raises:
+        BundleError: a graph of the bundle names a file outside it.
         LoraError: the LoRA is not one of the bundle.
         ModelError: there is no such model, or it is no Stable Diffusion 3, or has a text encoder other than CLIP, or the bundle
             trains scales.
@@ -185,7 +188,13 @@ def _append(result: GraphProto, part: GraphProto, names: dict[str, str], prefix:
 def _write(bundle: Bundle, folder: Path, model: ModelProto, config: dict[str, Any]) -> None:
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
-            if entry.key == "location" and not (folder / entry.value).exists():
+            if entry.key != "location":
+                continue
+            fault = path_fault(entry.value)
+            if fault is not None:
+                msg = f"a graph of {bundle.path} reads another file: {fault}. Export the bundle again."
+                raise BundleError(msg)
+            if not (folder / entry.value).exists():
                 (folder / entry.value).parent.mkdir(parents=True, exist_ok=True)
                 (folder / entry.value).write_bytes(bundle.place(entry.value).read())
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_edge.delta import Adapter, save_result, start_values
 from pocketune_edge.denoiser import Denoiser
+from pocketune_edge.errors import BundleError
 from pocketune_edge.sample import decode
 from pocketune_edge.session import Sessions
 from pocketune_export.exporter import export_trainable
@@ -108,6 +110,19 @@ def test_a_folder_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr("pocketune_export.ort_pipeline._denoiser", full)
     with pytest.raises(RunError, match="No space left"):
+        write_ort_pipeline(bundle_in_pieces, tmp_path / "out", model=small_model.path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_outside_the_bundle_is_read_or_written(
+    bundle_in_pieces: Bundle, small_model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the check of the bundle had seen another place than the graph's parser here."""
+    weight = onnx.TensorProto(name="W", data_type=onnx.TensorProto.FLOAT, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="../../secret.bin")
+    graph = onnx.helper.make_graph([], "main", [], [], [weight])
+    monkeypatch.setattr("pocketune_export.ort_pipeline._denoiser", lambda *_: onnx.helper.make_model(graph))
+    with pytest.raises(BundleError, match="leaves the bundle"):
         write_ort_pipeline(bundle_in_pieces, tmp_path / "out", model=small_model.path)
     assert list(tmp_path.iterdir()) == []
 
