@@ -1,5 +1,8 @@
 """Tiny pipelines with random weights, one per architecture, in ordinary diffusers folders: 64-pixel images, a few blocks."""
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,15 @@ def build(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         pipeline = BUILDERS[name]()
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def with_values(model: Path, folder: Path, file: str, values: dict[str, Any]) -> Path:
+    """A pipeline again, of links, but for some values in one of its JSON files."""
+    shutil.copytree(model, folder, copy_function=os.link)
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).unlink()
+    (folder / file).write_text(json.dumps(content | values), encoding="utf-8")
     return folder
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from pocketune.errors import ModelError, PlanError
 from pocketune.memory import read_memory
 from pocketune.models import mmdit, unet
+from pocketune.models.fingerprint import training_fingerprint
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.selection import selection_of
@@ -218,7 +219,7 @@ class _Export:
             model=m.Model(
                 name=self._folder.name,
                 kind=self._folder.denoiser_kind,
-                sha256=self._folder.fingerprint(),
+                sha256=training_fingerprint(self._folder),
                 note=self._folder.note(),
                 block_count=self._folder.block_count,
                 streams=graphs.stream_names,

@@ -22,6 +22,7 @@ from pocketune.errors import FileFormatError
 from pocketune.methods.base import Tuned
 from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter
+from pocketune.models.fingerprint import training_fingerprint
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.recipe import Recipe
@@ -112,8 +113,8 @@ def verify(
     """
     manifest = bundle.manifest
     folder = open_model(model or manifest.model.name)
-    if folder.fingerprint() != manifest.model.sha256:
-        msg = f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model."
+    if training_fingerprint(folder) != manifest.model.sha256:
+        msg = f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model, or export again."
         raise FileFormatError(msg)
     recipe = Recipe.create(**Recipe.relevant(manifest.recipe))
     skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]

@@ -18,6 +18,7 @@ from pocketune.budget.search import MemoryPlan
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RecipeError
 from pocketune.memory import MemoryLog
+from pocketune.models.fingerprint import training_fingerprint
 from pocketune.models.load import open_model
 from pocketune.phases.blocks import check_resolution, plan_blocks
 from pocketune.phases.budget import exceeded, guard_of, keep_memory_plan, memory_plan_of, predicted
@@ -157,7 +158,7 @@ def _run(
     recipe = job.recipe
     check_resolution(job)
     plan = plan_blocks(job)
-    fingerprint = run_fingerprint(recipe.model_dump(), model=job.folder.fingerprint(), photos=photo_hashes(photos))
+    fingerprint = run_fingerprint(recipe.model_dump(), model=training_fingerprint(job.folder), photos=photo_hashes(photos))
     with run_folder(job.run, resume=resume, fingerprint=fingerprint):
         if memory_plan is not None:
             keep_memory_plan(memory_plan, job.run)

@@ -42,7 +42,7 @@ def run_fingerprint(recipe: Mapping[str, Any], *, model: str, photos: Sequence[s
 
     Args:
         recipe: all of its fields.
-        model: fingerprint of its weights.
+        model: its training fingerprint.
         photos: the sha256 of each file.
     """
     return hash_of({"recipe": recipe, "model": model, "photos": list(photos)})

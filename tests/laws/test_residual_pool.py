@@ -31,6 +31,7 @@ from pocketune.sampling.draws import Draw, draw_samples, refresh_periods, step_d
 from pocketune.step import Batch, predict, span_features
 from pocketune.watch import Watch
 from tests.reliability.test_job import LORA, quick_recipe
+from tests.tiny_models import with_values
 
 CPU = torch.device("cpu")
 SHAPES = ((1, 20, 32), (1, 8, 5, 7))
@@ -149,6 +150,25 @@ def test_caches_have_names_of_all_that_features_follow_from(tiny_model: ModelFol
 
     assert name(0) == name(0, learning_rate=0.5)
     assert len({name(0), name(1), name(0, vae_tile=64), name(0, cache_dtype="int8")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("scheduler/scheduler_config.json", {"shift": 1.0}),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 5}),
+        ("text_encoder/config.json", {"eos_token_id": 5}),
+    ],
+)
+def test_the_same_weights_used_otherwise_have_caches_of_their_own(
+    tiny_model: ModelFolder, tmp_path: Path, file: str, values: dict[str, object]
+) -> None:
+    """Packed copies and measured splits are of the weights alone, and stay valid."""
+    models = [ModelFolder("m", with_values(tiny_model.path, tmp_path / str(len(new)), file, new)) for new in ({}, values)]
+    jobs = [Job(quick_recipe(), model, tmp_path, CPU, Watch(MemoryLog(), ignore)) for model in models]
+    names = [features_key(job, parse_plan("0-1", 6), [], [], []) for job in jobs]
+    assert names[0] != names[1]
+    assert {model.fingerprint() for model in models} == {tiny_model.fingerprint()}
 
 
 def test_other_caches_are_removed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pocketune.errors import Interrupted, ModelError, NoEffectError, PhotoError,
 from pocketune.models.load import open_model
 from pocketune.sample import generate
 from pocketune.tuning import METHODS
+from tests.tiny_models import with_values
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 SCALES: dict[str, object] = {"method": "scales", "weight_bits": 4, "batch_size": 2}
@@ -200,6 +201,9 @@ def test_existing_run_and_wrong_resume_are_refused(tiny_folder: Path, toy_photos
         personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=out)
     with pytest.raises(RunError, match="another recipe"):
         personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(rank=2), out=out, resume=True)
+    other = with_values(tiny_folder, tmp_path / "other", "scheduler/scheduler_config.json", {"shift": 1.0})
+    with pytest.raises(RunError, match="another recipe, model or photos"):  # the weights are the same
+        personalize(toy_photos, model=other, recipe=quick_recipe(), out=out, resume=True)
     with pytest.raises(RunError, match="no interrupted run"):
         personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()

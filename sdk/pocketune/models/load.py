@@ -115,7 +115,7 @@ class ModelFolder:
         return f"{self.name} is an interim checkpoint (denoiser step {training.get('step')}); its training goes on."
 
     def fingerprint(self) -> str:
-        """Changes when the model does, and is the same on every machine.
+        """Changes when the weights do, and is the same on every machine.
 
         A hash of the configurations and, of every weight file, of its header and the first bytes of each tensor, so that it
         takes no time with a large model.

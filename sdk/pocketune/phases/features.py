@@ -13,6 +13,7 @@ from pocketune.errors import Interrupted
 from pocketune.features.cache import FeatureCache, remove_other_caches
 from pocketune.features.precompute import check_bound, precompute, predicted_bytes
 from pocketune.models.base import Prompt
+from pocketune.models.fingerprint import training_fingerprint
 from pocketune.phases.state import Job
 from pocketune.photos import Photo
 from pocketune.plan.blocks import BlockPlan
@@ -86,7 +87,7 @@ def features_key(
     """The name of the cache: a hash of all that features follow from, so that runs may share a folder of caches."""
     return hash_of(
         {
-            "model": job.folder.fingerprint(),
+            "model": training_fingerprint(job.folder),
             "photos": photo_hashes(photos),
             "class_images": [hashlib.sha256(image.tobytes()).hexdigest() for image in class_images],
             "prompts": [job.recipe.instance_prompt, job.recipe.class_prompt],
