@@ -114,7 +114,10 @@ def verify(
     manifest = bundle.manifest
     folder = open_model(model or manifest.model.name)
     if training_fingerprint(folder) != manifest.model.sha256:
-        msg = f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model, or export again."
+        msg = (
+            f"{folder.name} is not the model that was exported ({manifest.model.name}). Give the right one with --model, or "
+            "export again."
+        )
         raise FileFormatError(msg)
     recipe = Recipe.create(**Recipe.relevant(manifest.recipe))
     skipped = [index for span in manifest.plan.spans if span.skipped for index in range(span.start, span.stop)]

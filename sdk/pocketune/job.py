@@ -22,7 +22,7 @@ from pocketune.models.fingerprint import training_fingerprint
 from pocketune.models.load import open_model
 from pocketune.phases.blocks import check_resolution, plan_blocks
 from pocketune.phases.budget import exceeded, guard_of, keep_memory_plan, memory_plan_of, predicted
-from pocketune.phases.features import fill_cache, photo_hashes
+from pocketune.phases.features import check_cache, fill_cache, photo_hashes
 from pocketune.phases.images import make_class_images, sample_pairs
 from pocketune.phases.inputs import draw, encode, encode_prompts
 from pocketune.phases.state import Job
@@ -159,6 +159,8 @@ def _run(
     check_resolution(job)
     plan = plan_blocks(job)
     fingerprint = run_fingerprint(recipe.model_dump(), model=training_fingerprint(job.folder), photos=photo_hashes(photos))
+    batches = draw(job, photos)
+    check_cache(job, plan, batches)
     with run_folder(job.run, resume=resume, fingerprint=fingerprint):
         if memory_plan is not None:
             keep_memory_plan(memory_plan, job.run)
@@ -167,7 +169,6 @@ def _run(
             "instance": [photo.image for photo in photos],
             "class": make_class_images(job),
         }
-        batches = draw(job, images)
         root = Path(features) if features else job.run / FEATURES
         checkpoints = CheckpointFolder(job.run / CHECKPOINTS, fingerprint=fingerprint)
         for steps in refresh_periods(recipe):
@@ -175,7 +176,7 @@ def _run(
                 continue  # trained before the run was stopped; its features may be gone
             period = batches[steps.start : steps.stop]
             make_batch = encode(job, images, period, prompts)
-            cache = fill_cache(job, plan, period, make_batch, prompts, root, photos, images["class"])
+            cache = fill_cache(job, plan, period, make_batch, root, photos, images["class"])
             losses, norms = train_and_save(job, plan, batches, make_batch, cache, checkpoints, stop=steps.stop)
         pairs, change = sample_pairs(job)
         record = RunRecord(

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pocketune import Progress, Recipe, personalize
+from pocketune.budget.inputs import text_tokens
 from pocketune.errors import Interrupted, RecipeError
 from pocketune.features import precompute as passes
 from pocketune.features import shards
@@ -296,9 +297,9 @@ def test_first_and_last_runs_carry_both_streams_through_the_cache(
     cache.flush()
     stored = cache.get([0], device=CPU, dtype=torch.float32)
     assert all(torch.equal(a, b) for span in features for a, b in zip(features[span], stored[span], strict=True))
-    image, text_stream = features[prefix]
+    image, _ = features[prefix]
     needed = cache_bytes(
-        plan, draws=1, image_tokens=image.shape[1], text_tokens=text_stream.shape[1], width=model.width, dtype=torch.float32
+        plan, draws=1, image_tokens=image.shape[1], text_tokens=text_tokens(model), width=model.width, dtype=torch.float32
     )
     assert needed == sum(stream.nbytes for streams in stored.values() for stream in streams)
 

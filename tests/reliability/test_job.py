@@ -179,6 +179,23 @@ def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tm
         assert not out.exists(), (error, photos, changes)
 
 
+@pytest.mark.parametrize("changes", [{"steps": 2000}, {"steps": 4000, "refresh_every": 2000, "gradient": "mixed"}])
+def test_a_cache_that_is_too_large_is_refused_before_the_work(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    phases = set()
+    recipe = quick_recipe(skip="0-1", cache_limit_mb=1, class_prompt="a toy", class_images=1, **changes)
+    with pytest.raises(PlanError, match=r"the feature cache needs .* for 4000 draws"):
+        personalize(
+            toy_photos,
+            model=tiny_folder,
+            recipe=recipe,
+            out=tmp_path / "run",
+            on_progress=lambda event: phases.add(event.phase),
+        )
+    assert phases <= {"photos"} and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("missing", ["scheduler", "text_encoder"])
 def test_an_incomplete_model_or_an_impossible_size_is_said(

@@ -9,17 +9,49 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from pocketune.budget.inputs import text_tokens
 from pocketune.errors import Interrupted
 from pocketune.features.cache import FeatureCache, remove_other_caches
 from pocketune.features.precompute import check_bound, precompute, predicted_bytes
-from pocketune.models.base import Prompt
 from pocketune.models.fingerprint import training_fingerprint
 from pocketune.phases.state import Job
 from pocketune.photos import Photo
 from pocketune.plan.blocks import BlockPlan
 from pocketune.runfolder import hash_of
 from pocketune.sampling.batches import BatchMaker
-from pocketune.sampling.draws import Draw, Kind
+from pocketune.sampling.draws import Draw, refresh_periods
+
+
+def check_cache(job: Job, plan: BlockPlan, batches: Sequence[Sequence[Draw]]) -> None:
+    """Refuse features that would take more disk than `cache_limit_mb`, before anything is made.
+
+    Args:
+        job: the personalization.
+        plan: what is skipped.
+        batches: the draws of all steps; of those, only a pool at a time lies on disk.
+
+    Raises:
+        PlanError: with the settings that would make them fit.
+    """
+    if not plan.skipped or not job.recipe.use_residuals:
+        return
+    pools = [
+        {draw.cache_number: draw.low for draws in batches[steps.start : steps.stop] for draw in draws}
+        for steps in refresh_periods(job.recipe)
+    ]
+    draw_bytes = {
+        low: predicted_bytes(
+            job.folder,
+            plan,
+            side=job.low_resolution if low else job.patches.smallest,
+            text_tokens=text_tokens(job.folder),
+            draws=1,
+            dtype=getattr(torch, job.recipe.cache_dtype),
+        )
+        for low in {low for pool in pools for low in pool.values()}
+    }
+    needed, draws = max((sum(draw_bytes[low] for low in pool.values()), len(pool)) for pool in pools)
+    check_bound(needed, limit_mb=job.recipe.cache_limit_mb, draws=draws)
 
 
 def fill_cache(
@@ -27,7 +59,6 @@ def fill_cache(
     plan: BlockPlan,
     batches: Sequence[Sequence[Draw]],
     make_batch: BatchMaker,
-    prompts: dict[Kind, Prompt],
     root: Path,
     photos: Sequence[Photo],
     class_images: Sequence[Image.Image],
@@ -39,21 +70,6 @@ def fill_cache(
     if not plan.skipped or not job.recipe.use_residuals:
         return None
     cache_dtype: torch.dtype = getattr(torch, job.recipe.cache_dtype)
-    distinct = {draw.cache_number: draw.low for draws in batches for draw in draws}
-    low = sum(distinct.values())
-    needed = sum(
-        predicted_bytes(
-            job.folder,
-            plan,
-            side=side,
-            text_tokens=prompts["instance"].hidden.shape[1],
-            draws=count,
-            dtype=cache_dtype,
-        )
-        for count, side in ((len(distinct) - low, job.patches.smallest), (low, job.low_resolution))
-        if count
-    )
-    check_bound(needed, limit_mb=job.recipe.cache_limit_mb, draws=len(distinct))
     key = features_key(job, plan, batches, photos, class_images)
     if job.recipe.refresh_every:
         remove_other_caches(root, keep=key)

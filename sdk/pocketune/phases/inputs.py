@@ -8,6 +8,7 @@ from PIL import Image
 
 from pocketune.models.base import Prompt
 from pocketune.phases.state import Job
+from pocketune.photos import Photo
 from pocketune.sampling.batches import BatchMaker, NoiseSchedule, crop_key, encode_crops
 from pocketune.sampling.choices import choose, lower
 from pocketune.sampling.draws import Draw, Kind, draw_samples, step_draws
@@ -23,22 +24,19 @@ def encode_prompts(job: Job) -> dict[Kind, Prompt]:
     return {kind: encoded[text] for kind, text in wanted.items()}
 
 
-def draw(job: Job, images: Mapping[Kind, Sequence[Image.Image]]) -> list[tuple[Draw, ...]]:
-    """The draws of every step."""
+def draw(job: Job, photos: Sequence[Photo]) -> list[tuple[Draw, ...]]:
+    """The draws of every step; class images need not be there yet."""
+    class_count = 0 if job.recipe.class_prompt is None else job.recipe.class_images
+    sizes: dict[Kind, list[tuple[int, int]]] = {
+        "instance": [photo.image.size for photo in photos],
+        "class": [(job.resolution, job.resolution)] * class_count,
+    }
     positions = 1.0 - job.recipe.timestep_high / 1000, 1.0 - job.recipe.timestep_low / 1000
-    photos, class_images = (
-        draw_samples(
-            job.recipe,
-            [image.size for image in images[kind]],
-            kind=kind,
-            choose_crop=job.patches,
-            positions=positions,
-        )
-        if images[kind]
-        else ()
-        for kind in ("instance", "class")
+    of_photos, of_class = (
+        draw_samples(job.recipe, found, kind=kind, choose_crop=job.patches, positions=positions) if found else ()
+        for kind, found in sizes.items()
     )
-    batches = step_draws(job.recipe, photos, class_images)
+    batches = step_draws(job.recipe, of_photos, of_class)
     if job.recipe.gradient == "mixed":
         job.choices = choose(job.recipe, batches, NoiseSchedule.of(job.folder.scheduler()).shares())
         batches = lower(batches, job.choices)
