@@ -5,6 +5,10 @@
 C are the codes, z and base the zero and scale that the quantizer gave each row. The weight is unpacked a few rows at a time,
 in forward and again in backward, so that no float copy of it lives between the two, and none of the whole of it ever does.
 Backward keeps the layer's input and nothing else: the product that the gradient of s_out needs is computed again.
+
+Forward multiplies with s_out base (C - z) s_in, which is rounded to the type of the input once. In half precision an input or
+output times a scale near 1 would be rounded to what it was, and a small update of the scale would change nothing; and products
+with codes, which reach 255, overflow in float16.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from pocketune.weights.frozen import absent, convolution_back
 from pocketune.weights.quant import Packed, unpack
 
 TILE_VALUES = 2**21
-"""Weights unpacked at a time, some 8 MB in float32."""
+"""Weights unpacked at a time, some 8 MB in float32. For other types half as many: for a moment both copies exist."""
 
 
 @dataclass
@@ -74,26 +78,25 @@ class PackedLayer(nn.Module, ABC):
         """Where an input's channels are."""
         return -1 if isinstance(self, nn.Linear) else 1
 
-    def tiles(self, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """C - z by runs of rows: the run, and (rows, in, *kernel) in the type of `like`."""
+    def tiles(self, like: Tensor, *, s_out: Tensor | None = None, s_in: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The weight, within scales if given, by runs of rows: the run, and (rows, in, *kernel) in the type of `like`."""
         rows, width = self.codes.shape[0], self.codes.shape[1] * (8 // self.bits)
-        step = max(1, TILE_VALUES // width)
+        step = max(1, TILE_VALUES // width // (1 if like.dtype == torch.float32 else 2))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            codes = self.codes[part]
-            packed = Packed(codes=codes, scales=self.base[part, None], zeros=self.zeros[part], bits=self.bits)
-            tile = torch.empty(codes.shape[0], width, dtype=like.dtype, device=like.device)
-            yield part, unpack(packed, tile, scaled=False).view(-1, self.columns, *self.kernel)
+            yield part, self._tile(part, width, s_out, s_in).to(like.dtype)
 
+    def _tile(self, part: slice, width: int, s_out: Tensor | None, s_in: Tensor | None) -> Tensor:
+        codes, base = self.codes[part], self.base[part] if s_out is None else self.base[part] * s_out[part]
+        packed = Packed(codes=codes, scales=base[:, None], zeros=self.zeros[part], bits=self.bits)
+        tile = unpack(packed, torch.empty(codes.shape[0], width, device=codes.device)).view(-1, self.columns, *self.kernel)
+        return tile if s_in is None else tile.mul_(s_in.view(-1, *(1,) * len(self.kernel)))
+
+    @torch.no_grad()
     def merged(self, scales: Scales | None) -> Tensor:
         """The float32 weight that the layer multiplies with, (out, in, *kernel)."""
-        sides = (1,) * len(self.kernel)
-        weight = torch.cat([tile for _, tile in self.tiles(self.base)])
-        weight = weight * self.base.view(-1, 1, *sides)
-        if scales is None:
-            return weight
-        weight = weight * scales.s_out.detach().view(-1, 1, *sides)
-        return weight if scales.s_in is None else weight * scales.s_in.detach().view(1, -1, *sides)
+        s_out, s_in = (None, None) if scales is None else (scales.s_out, scales.s_in)
+        return torch.cat([tile for _, tile in self.tiles(self.base, s_out=s_out, s_in=s_in)])
 
     @abstractmethod
     def multiply(self, inputs: Tensor, tile: Tensor) -> Tensor:
@@ -175,10 +178,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, s_in: Tensor | None, s_out: Tensor | None, layer: PackedLayer) -> Tensor:
         ctx.layer, ctx.shape = layer, inputs.shape
         ctx.save_for_backward(None if s_out is None else inputs, s_in, s_out)
-        scaled = inputs if s_in is None else inputs * _along(s_in, layer, inputs)
-        parts = [layer.multiply(scaled, tile) for _, tile in layer.tiles(inputs)]
-        output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=layer.channels)
-        return output.mul_(_along(_rows(layer, s_out), layer, output))
+        parts = [layer.multiply(inputs, tile) for _, tile in layer.tiles(inputs, s_out=s_out, s_in=s_in)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=layer.channels)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, unused-ignore]
@@ -188,23 +189,19 @@ class _Product(torch.autograd.Function):
         gradient, channels = gradients[0], layer.channels
         wants_inputs, wants_in, wants_out, _ = ctx.needs_input_grad
         scaled = inputs if s_in is None else inputs * _along(s_in, layer, inputs)
-        rows = _rows(layer, s_out)
         back, s_out_parts = None, []
         for part, tile in layer.tiles(gradient):
             here = gradient[..., part] if channels == -1 else gradient[:, part]
             if wants_out:
-                s_out_parts.append(_sum(layer.multiply(scaled, tile).mul_(here), channels) * layer.base[part])
+                s_out_parts.append(_sum(layer.multiply(scaled, tile).mul_(here), channels))
             if wants_inputs or wants_in:
-                share = layer.multiply_back(here * _along(rows[part], layer, here), tile, ctx.shape)
+                weighted = here if s_out is None else here * _along(s_out[part], layer, here)
+                share = layer.multiply_back(weighted, tile, ctx.shape)
                 back = share if back is None else back.add_(share)
         s_in_gradient = _sum(back * inputs, channels) if wants_in and back is not None else None
         if wants_inputs and s_in is not None and back is not None:
             back = back * _along(s_in, layer, back)
         return back if wants_inputs else None, s_in_gradient, torch.cat(s_out_parts) if wants_out else None, None
-
-
-def _rows(layer: PackedLayer, s_out: Tensor | None) -> Tensor:
-    return layer.base if s_out is None else layer.base * s_out
 
 
 def _along(scales: Tensor, layer: PackedLayer, like: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def _pack_rows(values: Tensor, packed: Packed, rows: slice) -> None:
     packed.scales[rows], packed.zeros[rows] = scales, zeros.to(torch.uint8)
 
 
-def unpack(packed: Packed, out: Tensor, *, scaled: bool = True) -> Tensor:
-    """Write the values of a packed matrix into `out`, (rows, columns), and return it; without scales: code - zero."""
+def unpack(packed: Packed, out: Tensor) -> Tensor:
+    """Write the values of a packed matrix into `out`, (rows, columns), and return it."""
     rows, columns = out.shape
     if packed.bits == 4:
         out[:, 0::2].copy_(packed.codes & 15)
@@ -87,9 +87,7 @@ def unpack(packed: Packed, out: Tensor, *, scaled: bool = True) -> Tensor:
         out.copy_(packed.codes)
     groups = packed.scales.shape[1]
     grouped = out.view(rows, groups, columns // groups)
-    grouped.sub_(packed.zeros[..., None])
-    if scaled:
-        grouped.mul_(packed.scales[..., None].to(out.dtype))
+    grouped.sub_(packed.zeros[..., None]).mul_(packed.scales[..., None].to(out.dtype))
     return out
 
 
