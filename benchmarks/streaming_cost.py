@@ -105,13 +105,13 @@ def _training(folder: ModelFolder, job: Job) -> Callable[[], float]:
     from benchmarks.memory.bench import Bench
     from benchmarks.memory.measure import recipe_of
     from pocketune.methods.lora import add_lora
-    from pocketune.train import forget_activations, new_optimizer, train_step
+    from pocketune.train import forget_activations, new_optimizer, train_step, update
 
     recipe = recipe_of(job, steps=1)
     bench = Bench.of(folder, job, recipe)
     parameters = add_lora(bench.adapter, blocks=bench.plan.kept, rank=recipe.rank)
     optimizer = new_optimizer(parameters, recipe)
-    forget_activations(bench.adapter, recipe, optimizer, None)
+    forget_activations(bench.adapter, recipe, lambda: update(parameters.values(), recipe, optimizer))
     return partial(train_step, bench.adapter, parameters, bench.plan, recipe, bench.batches(()), optimizer)
 
 

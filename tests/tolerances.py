@@ -30,3 +30,7 @@ TRACED_BYTES = 0.02
 EXECUTORCH_RELATIVE = 1e-4
 # Pixels of 255 levels in bfloat16, whose kernels sum a tile in another order than a whole layer: a few roundings of 1/128.
 HALF_PRECISION_PIXELS = 16
+# The direction of a gradient in half precision against float32, over six blocks: roundings of 1/256 in every activation.
+HALF_PRECISION_COSINE = 0.98
+# The share of an update of 1e-3 that shows in bfloat16: a few of the weights, each rounded by itself, move by steps of 1/128.
+HALF_PRECISION_UPDATE = 0.25

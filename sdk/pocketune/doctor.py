@@ -135,7 +135,7 @@ def _best_dtype(report: MachineReport) -> tuple[str, str]:
     if report.cuda:
         if all(device.bfloat16 for device in report.cuda):
             return "bfloat16", "the GPU computes in it, and the frozen weights take half the memory"
-        return "float16", "the GPU has no bfloat16"
+        return "float16", "the GPU has no bfloat16; where numbers overflow, training stops and says so, and float32 is the way"
     full, half = report.cpu.float32_gflops, report.cpu.bfloat16_gflops
     if full is None or half is None:
         return "float32", "it is always safe; install torch to have bfloat16 measured"

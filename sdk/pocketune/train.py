@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -28,6 +28,14 @@ from pocketune.step import Batch, Features, diffusion_loss, flow_matching_loss, 
 
 ZO_ADAM_EPSILON = 1e-3
 """Added to the root of Adam's second moment in zeroth-order steps, as in ZOODiP's code: it damps what is all noise."""
+
+LOSS_SCALE = 2.0**12
+"""What float16 training multiplies the loss with and divides gradients by: exactly, as it is a power of two.
+
+The loss is a mean. At 1024 pixels and 16 channels of latents the gradient of an output is some 2 / 2**18 = 8e-6, beneath the
+normal numbers of float16, which go from 6e-5 to 65504. Scaled it is 0.03, and with the 2 / 2**14 of smaller latents 0.5: both
+lie where gradients may shrink by more than two decimal orders on their way back, and grow by five.
+"""
 
 
 def train(
@@ -64,7 +72,7 @@ def train(
 
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was saved.
-        RunError: the loss is no number any more.
+        RunError: a loss, a gradient or what trains is no number any more; no checkpoint holds it.
     """
     stop = recipe.steps if stop is None else stop
     parameters = tuned.parameters
@@ -72,12 +80,17 @@ def train(
     optimizer = new_optimizer(parameters, recipe)
     progressed = checkpoints.restore(kept, optimizer)
     if recipe.activations != "kept":
-        forget_activations(adapter, recipe, optimizer, scratch)
+        forget_activations(adapter, recipe, lambda: update(parameters.values(), recipe, optimizer), scratch=scratch)
     losses = list(progressed.losses)
 
     def took(loss: float) -> None:
-        _check_finite(loss, step=len(losses))
+        check_finite("the loss", loss, where=f" at step {len(losses) + 1}")
         losses.append(loss)
+
+    def save() -> None:
+        for name, tensor in kept.items():
+            check_finite(f"the largest number of {name}", tensor.detach().abs().max(), where=f" at step {len(losses)}")
+        checkpoints.save(kept, optimizer, step=len(losses), losses=tuple(losses))
 
     try:
         for step in range(progressed.step, stop):
@@ -89,9 +102,9 @@ def train(
                     loss = train_step(adapter, parameters, plan, recipe, batch, optimizer, inputs=tuned.inputs, took=took)
             on_step(step + 1, recipe.steps, loss)
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stop:
-                checkpoints.save(kept, optimizer, step=step + 1, losses=tuple(losses))
+                save()
     except KeyboardInterrupt as error:
-        checkpoints.save(kept, optimizer, step=len(losses), losses=tuple(losses))
+        save()
         msg = f"stopped after step {len(losses)} of {recipe.steps}; a checkpoint is saved. Add --resume to go on."
         raise Interrupted(msg) from error
     return tuple(losses)
@@ -114,9 +127,10 @@ def whole() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _check_finite(loss: float, *, step: int) -> None:
-    if not math.isfinite(loss):
-        msg = f"the loss became {loss} at step {step + 1}. Try a lower learning_rate or dtype float32, in a new run."
+def check_finite(what: str, value: float | Tensor, *, where: str = "") -> None:
+    """Raise a RunError if a number of a training is infinite or none."""
+    if not math.isfinite(value):
+        msg = f"{what} became {float(value)}{where}. Try a lower learning rate or dtype float32, in a new run."
         raise RunError(msg)
 
 
@@ -133,21 +147,35 @@ def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.
     return torch.optim.AdamW([{"params": some, "lr": rates[kind]} for kind, some in groups.items()], weight_decay=0.0)
 
 
-def forget_activations(adapter: DenoiserAdapter, recipe: Recipe, optimizer: torch.optim.AdamW, scratch: Scratch | None) -> None:
-    """Let the denoiser's units compute in backward what they would keep, and take the optimizer's step there if asked for.
+def forget_activations(
+    adapter: DenoiserAdapter, recipe: Recipe, use_gradients: Callable[[], None], *, scratch: Scratch | None = None
+) -> None:
+    """Let the denoiser's units compute in backward what they would keep, and use their gradients there if the recipe says so.
 
     Paper: Lv et al. 2023 (LOMO), section 3.1: a gradient is used and freed before the next is there.
-    Differs: a whole block at a time, by AdamW; gradients are clipped by the norm of their block.
+    Differs: a whole block at a time, by AdamW; gradients are clipped by the norm of what is there: those of the block, and of
+        layers behind it that are in none.
     """
-
-    def update(block: Sequence[nn.Parameter]) -> None:
-        torch.nn.utils.clip_grad_norm_(block, recipe.max_grad_norm)
-        optimizer.step()  # skips all parameters without a gradient, which are those of all other blocks
-        optimizer.zero_grad(set_to_none=True)
-
+    in_backward = (lambda _: use_gradients()) if recipe.optimizer_in_backward else None
     for module in adapter.model.modules():
         if isinstance(module, adapter.unit_kinds):
-            recompute(module, scratch=scratch, on_gradients=update if recipe.optimizer_in_backward else None)
+            recompute(module, scratch=scratch, on_gradients=in_backward)
+
+
+def update(parameters: Collection[nn.Parameter], recipe: Recipe, optimizer: torch.optim.AdamW) -> None:
+    """Clip the gradients that are there, take the optimizer's step for their parameters, and free them.
+
+    Raises:
+        RunError: a gradient is no number; nothing was updated.
+    """
+    if recipe.dtype == "float16":
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(LOSS_SCALE)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+    check_finite("the norm of the gradient", norm)
+    optimizer.step()  # skips all parameters without a gradient
+    optimizer.zero_grad(set_to_none=True)
 
 
 def train_step(
@@ -163,12 +191,10 @@ def train_step(
 ) -> float:
     """One step of backpropagation: loss, backward, clip, AdamW; the loss before the update, of which `took` hears with it."""
     loss = loss_of(adapter, plan, recipe, inputs(batch))
-    torch.autograd.backward(loss)
+    torch.autograd.backward(loss * LOSS_SCALE if recipe.dtype == "float16" else loss)
     value = loss.item()
     with whole():
-        torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(parameters.values(), recipe, optimizer)
         took(value)
     return value
 

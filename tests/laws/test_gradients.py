@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketune.checkpoint import CheckpointFolder
-from pocketune.errors import PlanError
+from pocketune.errors import PlanError, RunError
 from pocketune.gradients.zeroth_order import ZerothOrder
 from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
@@ -177,6 +177,18 @@ def test_unused_parameters_get_no_gradient_and_do_not_move() -> None:
     assert not torch.equal(parameters["used.weight"], before["used.weight"][1])
     with pytest.raises(PlanError, match="none of the trained parameters"):
         estimator(lambda: torch.tensor(1.0), parameters, step=0)
+
+
+def test_a_loss_along_a_direction_that_is_no_number_moves_nothing() -> None:
+    """One-sided, the loss of the step is that of the parameters as they are, and finite."""
+    layer = nn.Linear(2, 2)
+    parameters = dict(layer.named_parameters())
+    losses = iter((0.5, torch.inf))
+    before = bits(parameters)
+    estimator = ZerothOrder(layer, seed=0, two_sided=False)
+    with pytest.raises(RunError, match=r"became \[0.5, inf\] at step 4"):
+        estimator(lambda: layer(torch.ones(1, 2)).sum() * 0 + next(losses), parameters, step=3)
+    assert same_bits(parameters, before)
 
 
 def test_small_steps_descend(tiny_model: ModelFolder) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from pocketune.recompute import saved_to
 from pocketune.sample import run_pipeline
 from pocketune.scratch import Scratch
 from pocketune.step import Batch, diffusion_loss, flow_matching_loss, predict, span_features
-from pocketune.train import forget_activations, new_optimizer, train_step
+from pocketune.train import forget_activations, new_optimizer, train_step, update
 from pocketune.watch import Watch
 from pocketune.weights import stream
 from pocketune.weights.fill import RESIDENT, Residence
@@ -134,7 +135,7 @@ def recomputed(
     batch: Batch,
     where: Scratch | None,
 ) -> tuple[float, dict[str, Tensor]]:
-    forget_activations(adapter, RECIPE, new_optimizer(parameters, RECIPE), where)
+    forget_activations(adapter, RECIPE, lambda: None, scratch=where)
     for parameter in parameters.values():
         parameter.grad = None
     with saved_to(where):
@@ -149,7 +150,7 @@ def test_optimizer_in_backward_takes_the_same_steps_where_nothing_is_clipped(tin
         adapter, parameters = tuned(tiny_model, plan, RESIDENT)
         optimizer = new_optimizer(parameters, recipe)
         if settings:
-            forget_activations(adapter, recipe, optimizer, None)
+            forget_activations(adapter, recipe, partial(update, parameters.values(), recipe, optimizer))
         losses = [train_step(adapter, parameters, plan, recipe, batch, optimizer) for _ in range(3)]
         results.append((losses, [parameter.detach() for parameter in parameters.values()]))
     for losses, values in results[1:]:

@@ -13,7 +13,7 @@ from pocketune.budget.training import ATTENTION, ENCODERS, FEED_FORWARD, GRADIEN
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
-from pocketune.train import forget_activations, loss_of, new_optimizer
+from pocketune.train import forget_activations, loss_of
 from pocketune.tuning import METHODS
 from pocketune.weights import stream
 from pocketune.weights.fill import Residence
@@ -47,7 +47,7 @@ def lived(model: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes = 
         tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
     batch = shaped_batch(model, adapter, plan, torch.randn, samples=1, side=shapes.side, tokens=shapes.tokens)
     if recipe.activations != "kept":
-        forget_activations(adapter, recipe, new_optimizer(tuned.parameters, recipe), None)
+        forget_activations(adapter, recipe, lambda: None)
     live = RealBytes()
     for one in (adapter.model, *(pipeline.text_encoder for pipeline in pipelines)):
         live.hold([*one.parameters(), *one.buffers()], "model")

@@ -152,6 +152,20 @@ def test_a_training_that_changed_nothing_is_no_success(
         personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-3", steps=1), out=tmp_path / "run")
 
 
+def test_what_is_no_number_is_not_stored(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(optimizer: torch.optim.AdamW) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(RunError, match="became nan at step 1"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-3", steps=1), out=tmp_path / "run")
+    assert not (tmp_path / "run" / LORA).exists() and not list((tmp_path / "run").rglob("step-*"))
+
+
 def test_bad_input_leaves_nothing_behind(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     text_file = tmp_path / "words.jpg"

@@ -238,6 +238,7 @@ def test_dtype_advice_on_a_gpu_follows_the_gpu():
     old = replace(new, bfloat16=False)
     assert 'dtype = "bfloat16"' in advice(cuda=(new,))
     assert 'dtype = "float16"' in advice(cuda=(new, old))
+    assert "float32 is the way" in advice(cuda=(new, old))
     assert "GPU memory that can be used now: 7,000 MB" in advice(cuda=(new,))
 
 

@@ -58,18 +58,10 @@ class Shapes:
         return table_side(self.side, self.low_side, patch=folder.sizes.patch)
 
 
-class _NoOptimizer:
-    """Frees gradients as an optimizer's step does, whose moments are counted apart."""
-
-    def __init__(self, tuned: Tuned) -> None:
-        self._parameters = list(tuned.parameters.values())
-
-    def step(self) -> None:
-        return
-
-    def zero_grad(self, *, set_to_none: bool) -> None:  # noqa: ARG002
-        for parameter in self._parameters:
-            parameter.grad = None
+def _free_gradients(tuned: Tuned) -> None:
+    """As an optimizer's step does, whose moments are counted apart."""
+    for parameter in tuned.parameters.values():
+        parameter.grad = None
 
 
 def training_phase(
@@ -123,7 +115,7 @@ def _steps(
     live.hold(moments, MOMENTS)
     live.hold(_tensors(batch), INPUTS)
     if recipe.activations != "kept":
-        forget_activations(adapter, recipe, cast(torch.optim.AdamW, _NoOptimizer(tuned)), scratch)
+        forget_activations(adapter, recipe, lambda: _free_gradients(tuned), scratch=scratch)
     follow(live, adapter)
     live.begin()
     with fused_attention(), live:

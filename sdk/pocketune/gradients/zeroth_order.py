@@ -8,6 +8,7 @@ its own tensor is put back as it was. So the restore is exact bit for bit, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pocketune.errors import PlanError
+from pocketune.errors import PlanError, RunError
 from pocketune.sampling.directions import Directions, Probing
 
 Loss = Callable[[], Tensor]
@@ -66,6 +67,7 @@ class ZerothOrder:
 
         Raises:
             PlanError: the loss used none of the parameters.
+            RunError: a loss is no number, and so no slope is.
         """
         directions = [self.direction(parameters, step=step, query=query) for query in range(self._probing.queries)]
         used: set[str] = set()
@@ -77,6 +79,12 @@ class ZerothOrder:
             with perturbed(self._model, parameters, directions[query], scale=scale) as met:
                 losses.append(loss().item())
             used.update(met)
+        if not all(map(math.isfinite, losses)):
+            msg = (
+                f"the losses along directions became {losses} at step {step + 1}. "
+                "Try a lower zo_learning_rate or zo_epsilon, or dtype float32, in a new run."
+            )
+            raise RunError(msg)
         value, slopes = self._probing.slopes(losses)
         if not used:
             msg = "the loss used none of the trained parameters, so it has no slope. Train blocks that are not skipped."
