@@ -11,12 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 import pocketune.train
-from pocketune import Progress, Recipe, personalize
+from pocketune import Progress, Recipe, personalize, step
 from pocketune.errors import Interrupted, ModelError, NoEffectError, PhotoError, PlanError, RecipeError, RunError
+from pocketune.features import precompute
+from pocketune.models.base import DenoiserAdapter, Streams
 from pocketune.models.load import open_model
+from pocketune.photos import load_made_images
+from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.sample import generate
+from pocketune.sampling.batches import BatchMaker, encode_crops
+from pocketune.sampling.draws import draw_samples
+from pocketune.step import Batch
+from pocketune.train import loss_of
 from pocketune.tuning import METHODS
 from tests.tiny_models import with_values
+from tests.tolerances import SCRIPT_LOSS
 
 LORA = Path("lora") / "pytorch_lora_weights.safetensors"
 SCALES: dict[str, object] = {"method": "scales", "weight_bits": 4, "batch_size": 2}
@@ -125,23 +134,52 @@ def test_interrupted_inside_an_update_and_resumed_equals_unbroken(
     assert (tmp_path / "broken" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
 
 
-def test_prior_preservation_trains_on_class_images(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
-    recipe = quick_recipe(class_prompt="a photo of a toy", class_images=2, skip="0-1")
-    record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run")
-    assert len(list((tmp_path / "run" / "class_images").glob("*.png"))) == 2
-    plain = personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1"), out=tmp_path / "plain")
-    assert record.losses[0] > plain.losses[0]
+def test_prior_preservation_adds_the_loss_of_class_images(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+    """With their prompt and their weight, at the first step, where LoRA is zero; this is computed here from their files."""
+    plain, recipe = (
+        quick_recipe(skip="0-1", steps=1, **changes)
+        for changes in ({}, {"class_prompt": "a photo of a toy", "class_images": 2, "prior_loss_weight": 0.25})
+    )
+    losses = [
+        personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / f"run{number}").losses[0]
+        for number, asked in enumerate((plain, recipe))
+    ]
+    paths = sorted((tmp_path / "run1" / "class_images").glob("*.png"))
+    assert len(paths) == 2
+    model, cpu = open_model(tiny_folder), torch.device("cpu")
+    images = load_made_images(paths)
+    draws = draw_samples(recipe, [image.size for image in images], kind="class")
+    make_batch = BatchMaker(
+        encode_crops(model.load_vae(device=cpu), {"class": images}, draws, resolution=64, on_crop=lambda *_: None),
+        {"class": model.encode_prompts(["a photo of a toy"], device=cpu)["a photo of a toy"]},
+        model.scheduler(),
+        prior_loss_weight=1.0,
+        device=cpu,
+        dtype=torch.float32,
+    )
+    adapter = model.load_denoiser(dtype=torch.float32, device=cpu)
+    prior = float(loss_of(adapter, BlockPlan(adapter.block_count), recipe, make_batch(draws)))
+    assert losses[1] == pytest.approx(losses[0] + 0.25 * prior, rel=SCRIPT_LOSS)
 
 
-def test_feature_cache_is_reused(tiny_folder: Path, toy_photos: Path, tmp_path: Path) -> None:
+def test_feature_cache_is_reused(tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[str] = []
+
+    def span_features(adapter: DenoiserAdapter, plan: BlockPlan, batch: Batch) -> dict[Span, Streams]:
+        computed.append(plan.describe())
+        return step.span_features(adapter, plan, batch)
+
+    monkeypatch.setattr(precompute, "span_features", span_features)
     shared = tmp_path / "shared"
-    for name, changes in (("a", {}), ("b", {"rank": 8, "learning_rate": 1e-3})):
-        personalize(
-            toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-1", **changes), out=tmp_path / name, features=shared
-        )
-    assert len(list(shared.iterdir())) == 1
-    personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(skip="0-2"), out=tmp_path / "c", features=shared)
-    assert len(list(shared.iterdir())) == 2
+    other_training = {"rank": 8, "learning_rate": 1e-3}
+    for name, changes, passes in (
+        ("a", {"skip": "0-1"}, 4),
+        ("b", {"skip": "0-1"} | other_training, 0),
+        ("c", {"skip": "0-2"}, 4),
+    ):
+        computed.clear()
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(**changes), out=tmp_path / name, features=shared)
+        assert computed == [changes["skip"]] * passes
 
 
 def test_a_training_that_changed_nothing_is_no_success(
