@@ -6,8 +6,8 @@ fed what it expects: they are not part of a training step.
 
 from __future__ import annotations
 
+import json
 import shutil
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from benchmarks.memory.weights import shapes_of, write_random
-from pocketune.models.empty import published
+from pocketune.atomic import write_text
+from pocketune.models.published import published, published_config
 from pocketune.pocket.text import new_tokenizer
 
 NAME = "sd35-medium"
@@ -32,7 +33,7 @@ def write_true_size(folder: Path) -> Path:
     transformer = folder / "transformer"
     shutil.rmtree(transformer)
     transformer.mkdir()
-    shutil.copy(str(files("pocketune.models") / "configs" / f"{NAME}.json"), transformer / "config.json")
+    write_text(transformer / "config.json", json.dumps(published_config(NAME)))
     write_random(transformer / "diffusion_pytorch_model.safetensors", shapes_of(published(NAME).model))
     return folder
 

@@ -12,7 +12,7 @@ from benchmarks.memory.jobs import Job
 from benchmarks.memory.measure import recipe_of
 from pocketune.atomic import write_text
 from pocketune.budget.training import Shapes, training_phase
-from pocketune.budget.whole import PublishedModel
+from pocketune.models.published import PublishedModel
 from pocketune.plan.blocks import parse_plan
 
 _PIXELS = 8  # of a latent's side, with the autoencoder that the benchmark's folders name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import torch
 from torch import nn
 
 from pocketune.atomic import replacing, write_text
-from pocketune.models.empty import empty_denoiser
-from pocketune.models.registry import family_named
+from pocketune.models.published import PublishedModel
 
 _BLOCK_VALUES = 2**25
 # A folder is opened with the sizes of its autoencoder, which is not loaded.
@@ -28,18 +26,17 @@ def model_folder(name: str, root: Path) -> Path:
     """The folder of a published model with random weights of its denoiser, made if it is not there yet.
 
     Args:
-        name: of `pocketune.models.empty.PUBLISHED`.
+        name: of `pocketune.models.published.PUBLISHED`.
         root: where such folders lie.
     """
     folder = root / name
-    config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
-    family = family_named(config["_class_name"], config, name=name)
-    weights = folder / family.component / "diffusion_pytorch_model.safetensors"
+    model = PublishedModel(name)
+    denoiser = folder / model.family.component
+    weights = denoiser / "diffusion_pytorch_model.safetensors"
     if not weights.exists():
-        model = empty_denoiser(config, family).model
-        write_random(weights, shapes_of(model))
-    write_text(folder / "model_index.json", json.dumps({family.component: ["diffusers", config["_class_name"]]}))
-    write_text(folder / family.component / "config.json", json.dumps(config))
+        write_random(weights, shapes_of(model.empty_denoiser().model))
+    write_text(folder / "model_index.json", json.dumps(model.index))
+    write_text(denoiser / "config.json", json.dumps(model.denoiser_config))
     write_text(folder / "vae" / "config.json", json.dumps(_VAE))
     return folder
 

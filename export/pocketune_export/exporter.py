@@ -17,17 +17,17 @@ from pocketune.models import mmdit, unet
 from pocketune.models.fingerprint import training_fingerprint
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.selection import selection_of
-from pocketune.plan.skipping import plan_for
+from pocketune.plan.skipping import plan_of
 from pocketune.progress import OnProgress, Progress, ignore
 from pocketune.recipe import Recipe
+from pocketune.sample import check_side
 from pocketune.sampling.directions import Probing
 from pocketune_edge.agreement import Role
 from pocketune_export import manifest as m
 from pocketune_export.bundle import check_new, new_bundle_folder
 from pocketune_export.capture import Capture
 from pocketune_export.cutting import cut
-from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, resolution_of, zero_negative
+from pocketune_export.decisions import check_exportable, noise_schedule, optimizer_of, zero_negative
 from pocketune_export.denoiser_graphs import DenoiserGraphs
 from pocketune_export.quantize import Storage
 from pocketune_export.remainder import Part, TextSizes, encoder_numbers, read_tokenizer, text_encoder, text_join, vae_parts
@@ -129,10 +129,9 @@ class _Export:
         self._writers = writers
         self._on_progress = on_progress
         self._written = 0
-        self._plan = plan_for(
-            folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection_of(folder)
-        )
-        self._resolution = resolution_of(folder, recipe)
+        self._plan = plan_of(folder.empty_denoiser(), recipe, folder=folder)
+        self._resolution = recipe.resolution or folder.native_resolution
+        check_side(folder, self._resolution)
         side = self._resolution // folder.vae_scale
         self._latents = (int(folder.vae_config["latent_channels"]), side, side)
         self._class_images = recipe.batch_size if recipe.class_prompt else 0

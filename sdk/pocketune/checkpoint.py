@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
-from pocketune.runfolder import checkpoint_file, checkpoint_paths, remove_old_checkpoints
+from pocketune.runfolder import CHECKPOINTS_KEPT, checkpoint_file, checkpoint_paths, remove_old_checkpoints
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+CHECKPOINT_COPIES = (CHECKPOINTS_KEPT + 1) * (1 + len(_MOMENTS))
+"""Of the parameters on disk, at most: a checkpoint holds moments too, and the next is written before the oldest goes."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ REPORT_FILE = "report.html"
 CHECKPOINTS, CLASS_IMAGES, FEATURES = "checkpoints", "class_images", "features"
 SLOW = (f"{CHECKPOINTS}/*.safetensors", f"{CLASS_IMAGES}/*.png", f"{FEATURES}/*/*.safetensors")
 """What takes long to make, and is found again by a resumed run."""
+CHECKPOINTS_KEPT = 2
+"""The newest: one may be damaged."""
 
 
 def hash_of(parts: Mapping[str, Any]) -> str:
@@ -59,8 +61,8 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def remove_old_checkpoints(folder: Path) -> None:
-    """Keep the newest two: one may be damaged."""
-    for old in checkpoint_paths(folder)[:-2]:
+    """Keep the newest `CHECKPOINTS_KEPT`."""
+    for old in checkpoint_paths(folder)[:-CHECKPOINTS_KEPT]:
         old.unlink()
 
 

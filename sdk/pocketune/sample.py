@@ -12,6 +12,7 @@ from PIL import Image
 from pocketune.allocator import return_freed_memory
 from pocketune.errors import PlanError
 from pocketune.models.load import ModelFolder, open_model
+from pocketune.recipe import Recipe
 from pocketune.tuning import find_result, method_of
 from pocketune.weights.fill import Residence
 
@@ -78,6 +79,12 @@ def generate(
     )
 
 
+def shown_prompts(recipe: Recipe) -> tuple[str, ...]:
+    """Of the images before and after: those that the recipe names, or a few with the subject in several places."""
+    places = ("", " on grass", " at the beach", " in snow")
+    return recipe.sample_prompts or tuple(f"{recipe.instance_prompt}{place}" for place in places)
+
+
 def check_side(folder: ModelFolder, resolution: int) -> None:
     """Refuse a resolution that the model cannot work at.
 
@@ -88,10 +95,7 @@ def check_side(folder: ModelFolder, resolution: int) -> None:
     if resolution % unit or resolution > (largest or resolution):
         nearest = max(unit, round(resolution / unit) * unit)
         nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
-        msg = (
-            f"resolution {resolution} does not fit {folder.name}: expected a multiple of {unit}{bound}. "
-            f"Try --resolution {nearest}."
-        )
+        msg = f"resolution {resolution} does not fit {folder.name}: expected a multiple of {unit}{bound}. Try {nearest}."
         raise PlanError(msg)
 
 

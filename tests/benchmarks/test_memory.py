@@ -15,7 +15,7 @@ from benchmarks.memory.table import memory_table
 from benchmarks.memory.weights import write_random
 from benchmarks.memory.whole import measure_whole
 from benchmarks.rows import append_row, read_rows
-from pocketune.models.empty import PUBLISHED
+from pocketune.models.published import PUBLISHED
 from pocketune.recipe import Recipe
 from pocketune.tensorfile import open_tensor_file
 

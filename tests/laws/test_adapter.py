@@ -6,9 +6,9 @@ import torch
 from pocketune.errors import PlanError, RecipeError
 from pocketune.methods.lora import add_lora, check_targets
 from pocketune.models.base import Prompt, denoise
-from pocketune.models.empty import published
 from pocketune.models.flux import ATTENTION_TARGETS
 from pocketune.models.load import ModelFolder
+from pocketune.models.published import published
 
 CPU = torch.device("cpu")
 

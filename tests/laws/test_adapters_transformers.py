@@ -13,8 +13,8 @@ from pocketune.errors import ModelError, PlanError
 from pocketune.methods.lora import add_lora
 from pocketune.models import load
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
-from pocketune.models.empty import PUBLISHED, published
 from pocketune.models.load import ModelFolder
+from pocketune.models.published import PUBLISHED, published
 from pocketune.models.registry import FAMILIES, family_of
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe

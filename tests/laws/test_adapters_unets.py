@@ -13,8 +13,8 @@ from pocketune.errors import ModelError, PlanError
 from pocketune.features.precompute import feature_shape
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
-from pocketune.models.empty import published
 from pocketune.models.load import ModelFolder
+from pocketune.models.published import published
 from pocketune.models.registry import family_of
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.plan.skipping import plan_for
@@ -251,13 +251,13 @@ def test_batches_hold_the_schedule_and_the_sizes_of_photo_and_crop(tiny_pipeline
 @every_unet
 def test_shape_of_cached_features_is_said_beforehand(tiny_pipelines: Pipelines, name: str) -> None:
     model = tiny_pipelines(name)
-    adapter, empty = loaded(model), model.empty_denoiser()
+    adapter = loaded(model)
     batch = Batch(**{**vars(make_batch(name)), "latents": torch.zeros(2, 4, 8, 8), "noise": torch.zeros(2, 4, 8, 8)})
     for skip in ALL_PLANS:
         plan = parse_plan(skip, model.block_count)
         features = span_features(adapter, plan, batch)
         (streams,) = features.values()
-        assert [feature_shape(empty, plan, side=8)] == [stream[:1].shape for stream in streams]
+        assert [feature_shape(model, plan, side=8)] == [stream[:1].shape for stream in streams]
 
 
 def test_a_share_is_the_nearest_run_around_the_middle(tiny_pipelines: Pipelines) -> None:
@@ -281,5 +281,5 @@ def test_other_unets_are_refused(tiny_pipelines: Pipelines, changes: dict[str, o
 )
 def test_published_configurations_have_the_published_sizes(name: str, blocks: int, middle: int, parameters: int) -> None:
     adapter = published(name)
-    assert (adapter.block_count, adapter.middle) == (blocks, middle)
+    assert (adapter.block_count, adapter.middle()) == (blocks, middle)
     assert sum(value.numel() for value in adapter.model.parameters()) == parameters

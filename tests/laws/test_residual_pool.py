@@ -266,7 +266,7 @@ def test_shared_features_are_not_removed_under_other_runs(tiny_folder: Path, toy
 
 def joint_batch(model: ModelFolder) -> Batch:
     prompt = model.encode_prompts(["a photo of sks toy"], device=CPU)["a photo of sks toy"]
-    latents = model.denoiser_config["in_channels"] if model.denoiser_kind.startswith("SD3") else 4
+    latents = model.sizes.channels
     return Batch(
         latents=normal((1, latents, 8, 8)),
         noise=normal((1, latents, 8, 8), 1),

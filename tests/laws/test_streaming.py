@@ -16,7 +16,7 @@ from pocketune.memory import MemoryLog
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import load_scales
 from pocketune.methods.token import TokenMethod
-from pocketune.models.base import DenoiserAdapter, Prompt, denoise
+from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected, denoise
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan, parse_plan
@@ -54,23 +54,19 @@ def small_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scratch:
 
 def batch_for(folder: ModelFolder, *, size: int = 2) -> Batch:
     g = torch.Generator().manual_seed(2)
-    config = folder.denoiser_config
-    unet = folder.family.component == "unet"
-    channels = config["in_channels"] // (4 if folder.denoiser_kind.startswith("Flux") else 1)
+    sizes = folder.sizes
     side = folder.native_resolution // folder.vae_scale if folder.name == "pocket-sd3" else 8
-    width = config.get("cross_attention_dim") if unet else config.get("joint_attention_dim") or config["caption_channels"]
-    pooled = 64 if unet else config.get("pooled_projection_dim")
     sigmas = torch.linspace(0.2, 0.8, size)
     return Batch(
-        latents=torch.randn(size, channels, side, side, generator=g),
-        noise=torch.randn(size, channels, side, side, generator=g),
+        latents=torch.randn(size, sizes.channels, side, side, generator=g),
+        noise=torch.randn(size, sizes.channels, side, side, generator=g),
         timesteps=1000 * sigmas,
         sigmas=sigmas,
         alphas=None if folder.family.flow_matching else (1 - sigmas**2) ** 0.5,
         objective="flow" if folder.family.flow_matching else "epsilon",
         prompt=Prompt(
-            hidden=torch.randn(size, 20, width, generator=g),
-            pooled=torch.randn(size, pooled, generator=g) if pooled else None,
+            hidden=torch.randn(size, 20, sizes.text_width, generator=g),
+            pooled=torch.randn(size, sizes.pooled_width, generator=g) if sizes.pooled_width else None,
             sizes=torch.full((size, 6), 64.0) if folder.family.takes_sizes else None,
         ),
         loss_weights=torch.full((size,), 1 / size),
@@ -116,7 +112,7 @@ def test_loss_and_gradients_are_those_of_the_resident_model(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # Once more with activations made again, and those that are kept meanwhile on disk.
-    if folder.family.component == "unet":
+    if isinstance(adapter, SkipConnected):
         # Gradients that meet at a skip connection are then summed in another order, with weights in memory too.
         plain = expected
         expected = recomputed(*tuned(folder, plan, RESIDENT), plan, batch, None)[1]

@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from pocketune import cli
 from pocketune.budget import apart, planning
-from pocketune.budget.inputs import latent_channels, text_tokens
+from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ladder import changes, rungs
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.parts import ACTIVATIONS, ENCODERS, POSTERIORS
+from pocketune.budget.planning import model_to_plan
 from pocketune.budget.search import MemoryPlan, choose, fits, needs
 from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENTS, OTHERS, WEIGHTS
-from pocketune.budget.whole import Ledgers, Setting, model_to_plan
+from pocketune.budget.whole import Ledgers, Setting
 from pocketune.cgroups import CgroupLimits
 from pocketune.errors import PlanError
 from pocketune.models.load import ModelFolder
@@ -104,7 +105,7 @@ def phase_of(ledger: Ledger, name: str) -> PhaseLedger:
 
 def test_latents_of_all_crops_stay_in_memory(ledgers: Ledgers, tiny_model: ModelFolder) -> None:
     """Of each photo without patches, and of each draw with them."""
-    one = 2 * latent_channels(tiny_model) * 4
+    one = 2 * tiny_model.sizes.channels * 4
     whole, patched = ledgers(asked(steps=20)), ledgers(asked(steps=20, patches="dynamic"))
     refreshed = ledgers(asked(steps=20, patches="dynamic", refresh_every=15))
     for name in ("latents", "training", "saving", "samples"):

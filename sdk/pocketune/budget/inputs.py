@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pocketune.features.precompute import feature_shape
 from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, Span
@@ -20,18 +21,14 @@ CLIP_TOKENS = 77
 
 
 def text_tokens(folder: ModelFolder) -> int:
-    """Tokens of an encoded prompt: U-Nets take those of CLIP, and Stable Diffusion 3 joins those of T5."""
-    kind = folder.denoiser_kind
-    if kind not in ("SD3Transformer2DModel", "UNet2DConditionModel"):
-        return folder.text_padding
-    longest = folder.config("text_encoder").get("max_position_embeddings") if folder.has("text_encoder") else None
-    return min(CLIP_TOKENS, longest or CLIP_TOKENS) + (folder.text_padding if kind == "SD3Transformer2DModel" else 0)
+    """Tokens of an encoded prompt: those of CLIP where the model takes them, and those of the long text encoder."""
+    return (clip_tokens(folder, "text_encoder") if folder.family.clip_text else 0) + folder.text_padding
 
 
-def latent_channels(folder: ModelFolder) -> int:
-    """Channels of the autoencoder's latents; FLUX takes four neighbours of them as one."""
-    channels: int = folder.denoiser_config["in_channels"]
-    return channels // (4 if folder.denoiser_kind == "FluxTransformer2DModel" else 1)
+def clip_tokens(folder: ModelFolder, part: str) -> int:
+    """Tokens that a CLIP text encoder is given."""
+    longest = folder.config(part).get("max_position_embeddings") if folder.has(part) else None
+    return min(CLIP_TOKENS, longest or CLIP_TOKENS)
 
 
 def shaped_batch(
@@ -48,26 +45,19 @@ def shaped_batch(
         side: of the latents.
         tokens: of the text.
     """
-    config, flow = folder.denoiser_config, folder.family.flow_matching
-    width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
-    if config.get("caption_channels"):
-        width = config["caption_channels"]
-    pooled = config.get("pooled_projection_dim")
-    if folder.family.takes_sizes:
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    channels = latent_channels(folder)
-    latents = make(samples, channels, side, side)
+    sizes, flow = folder.sizes, folder.family.flow_matching
+    latents = make(samples, sizes.channels, side, side)
     sigmas = make(samples)
     batch = Batch(
         latents=latents,
-        noise=make(samples, channels, side, side),
+        noise=make(samples, sizes.channels, side, side),
         timesteps=make(samples),
         sigmas=sigmas,
         alphas=None if flow else make(samples),
         objective="flow" if flow else "epsilon",
         prompt=Prompt(
-            hidden=make(samples, tokens, width),
-            pooled=make(samples, pooled) if pooled else None,
+            hidden=make(samples, tokens, sizes.text_width),
+            pooled=make(samples, sizes.pooled_width) if sizes.pooled_width else None,
             sizes=make(samples, 6) if folder.family.takes_sizes else None,
         ),
         loss_weights=make(samples),
@@ -81,9 +71,7 @@ def _features(
     folder: ModelFolder, adapter: DenoiserAdapter, plan: BlockPlan, make: Make, *, samples: int, side: int, tokens: int
 ) -> Features:
     if isinstance(adapter, SkipConnected):
-        from pocketune.features.precompute import feature_shape
-
-        shape = feature_shape(folder.empty_denoiser(), plan, side=side)
+        shape = feature_shape(folder, plan, side=side)
         return {plan.skipped_spans[0]: (make(samples, *shape[1:]),)}
     image = (side // adapter.patch_size) ** 2
 

@@ -9,12 +9,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from pocketune.budget.inputs import CLIP_TOKENS, empty, latent_channels, shaped_batch, text_tokens
+from pocketune.budget.encoders import empty_text_encoder
+from pocketune.budget.inputs import clip_tokens, empty, shaped_batch, text_tokens
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, dtype_of, held_tensors, retype, stream_shapes
 from pocketune.budget.tracing import LiveBytes, fused_attention
 from pocketune.budget.training import BUFFER, ENCODERS, heap
-from pocketune.budget.words import empty_text_encoder
 from pocketune.models.base import denoise
 from pocketune.models.encoders import use_tiles
 from pocketune.models.load import ModelFolder
@@ -25,8 +25,6 @@ from pocketune.sample import BATCH
 
 VAE, DENOISER = "autoencoder", "denoiser"
 ACTIVATIONS = "activations"
-PROMPTS = 4
-"""Of the images before and after, where the recipe names none."""
 POSTERIORS = "latents of the crops"
 
 
@@ -82,7 +80,7 @@ def posteriors_item(folder: ModelFolder, *, crops: int, side: int) -> Item:
         crops: how many.
         side: of their latents.
     """
-    channels = latent_channels(folder)
+    channels = folder.sizes.channels
     return Item(
         name=POSTERIORS,
         bytes=crops * 2 * channels * side**2 * torch.float32.itemsize,
@@ -114,11 +112,11 @@ def samples_phase(
     streamed = recipe.weights == "streamed"
     batch = 1 if streamed else min(BATCH, images)
     side = resolution // folder.vae_scale
-    guided = 1 if folder.denoiser_config.get("guidance_embeds") else 2
     unpacked = recipe.model_copy(update={"weight_bits": None})
     adapter, tiles = denoiser_skeleton(folder, unpacked, blocks=range(folder.block_count), latent_side=side)
     whole = BlockPlan(folder.block_count)
-    inputs = shaped_batch(folder, adapter, whole, empty, samples=batch * guided, side=side, tokens=text_tokens(folder))
+    passes = batch * folder.family.guided_passes
+    inputs = shaped_batch(folder, adapter, whole, empty, samples=passes, side=side, tokens=text_tokens(folder))
     denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
     vae, vae_buffer = _vae(folder, recipe, dtype=dtype_of(recipe))
     latents = empty(batch, *inputs.latents.shape[1:]).to(dtype_of(recipe))
@@ -194,9 +192,8 @@ def _vae(folder: ModelFolder, recipe: Recipe, *, dtype: torch.dtype) -> tuple[An
 
 
 def _length(folder: ModelFolder, part: str) -> int:
-    longest = folder.config(part).get("max_position_embeddings")
     is_clip = folder.index[part][1].startswith("CLIP")
-    return min(CLIP_TOKENS, longest or CLIP_TOKENS) if is_clip else folder.text_padding
+    return clip_tokens(folder, part) if is_clip else folder.text_padding
 
 
 def _bytes(model: nn.Module, *, streamed: bool) -> int:

@@ -13,9 +13,10 @@ from pocketune import errors
 from pocketune.allocator import trim
 from pocketune.budget.apart import Question, ask_apart
 from pocketune.budget.search import MemoryPlan, choose
-from pocketune.budget.whole import Ledgers, Setting, model_to_plan
+from pocketune.budget.whole import Ledgers, Setting
 from pocketune.memory import read_memory
-from pocketune.models.load import ModelFolder
+from pocketune.models.load import ModelFolder, open_model
+from pocketune.models.published import PUBLISHED, PublishedModel
 from pocketune.photos import MAX_PHOTO_SIDE, load_photos
 from pocketune.recipe import Recipe
 from pocketune.sample import default_device
@@ -56,6 +57,11 @@ def plan_memory_apart(recipe: Recipe, question: Question) -> MemoryPlan:
         PlanError, ModelError, RecipeError: as of `plan_memory`.
     """
     return MemoryPlan.from_dict(recipe, ask_apart(recipe, question))
+
+
+def model_to_plan(model: str) -> ModelFolder:
+    """A published configuration by name, or a model as `open_model` finds it."""
+    return PublishedModel(model) if model in PUBLISHED else open_model(model)
 
 
 def measured_floor(folder: ModelFolder) -> int:

@@ -13,11 +13,11 @@ from pocketune.budget.constants import (
     HEAP_BYTES,
     HEAP_BYTES_PER_TENSOR,
 )
+from pocketune.budget.encoders import ShapeFolder
 from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, held_tensors
 from pocketune.budget.tracing import LiveBytes, ShapeScratch, fused_attention
-from pocketune.budget.words import ShapeFolder
 from pocketune.methods.base import Tuned
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder

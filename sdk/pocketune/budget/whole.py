@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
-from pocketune.budget.parts import PROMPTS, latents_phase, posteriors_item, samples_phase, text_phase
+from pocketune.budget.parts import latents_phase, posteriors_item, samples_phase, text_phase
 from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_phase, stored_bytes, training_phase
-from pocketune.errors import ModelError
+from pocketune.checkpoint import CHECKPOINT_COPIES
 from pocketune.features.precompute import predicted_bytes
-from pocketune.models.empty import PUBLISHED
-from pocketune.models.load import ModelFolder, open_model
-from pocketune.models.registry import family_named
+from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.selection import selection_of
-from pocketune.plan.skipping import plan_for
+from pocketune.plan.skipping import plan_of
 from pocketune.recipe import Recipe
+from pocketune.sample import shown_prompts
 from pocketune.sampling.choices import low_side
-from pocketune.sampling.draws import refresh_periods
-from pocketune.sampling.patches import patches_of
+from pocketune.sampling.draws import pool_size, refresh_periods
+from pocketune.sampling.patches import patch_sides
 
 PIXEL_BYTES = 4
 """Of a photo in memory, as Pillow holds it."""
 _TYPICAL_COUNT, _TYPICAL_SIDE = 5, 1024
-_STAGES = {"AutoencoderDC": 6}
-
-
-class PublishedModel(ModelFolder):
-    """A published model of which only the denoiser's configuration is here; it has no text encoders and no autoencoder."""
-
-    def __init__(self, name: str) -> None:
-        """Read a configuration of `pocketune.models.empty.PUBLISHED`."""
-        config = json.loads((files("pocketune.models") / "configs" / f"{name}.json").read_text(encoding="utf-8"))
-        self.name = self.source = name
-        self.path = Path(name)
-        self.denoiser_config, self.denoiser_kind = config, config["_class_name"]
-        self.family = family_named(self.denoiser_kind, config, name=name)
-        self.sizes = self.family.sizes(config)
-        self.index = {self.family.component: ["diffusers", self.denoiser_kind]}
-        self.vae_config = {"block_out_channels": [0] * _STAGES.get(self.family.vae.__name__, 4)}
-
-    @property
-    def text_padding(self) -> int:
-        """That of the whole pipeline as it was published."""
-        return self.family.text_length(_AllParts(self.denoiser_config))
-
-
-@dataclass
-class _AllParts:
-    """A pipeline that has every part, of which only the denoiser's configuration is known."""
-
-    denoiser_config: dict[str, Any]
-
-    def has(self, part: str) -> bool:  # noqa: ARG002
-        return True
-
-    def config(self, part: str) -> dict[str, Any]:
-        msg = f"the configuration of {part} is not here. Give a folder of the whole pipeline."
-        raise ModelError(msg)
-
-
-def model_to_plan(model: str | Path) -> ModelFolder:
-    """A published configuration by name, or a model as `open_model` finds it."""
-    return PublishedModel(str(model)) if str(model) in PUBLISHED else open_model(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +68,7 @@ class Ledgers:
         """
         folder = self._setting.folder
         recipe = folder.family.complete(recipe)
-        plan = block_plan(folder, recipe)
+        plan = plan_of(folder.empty_denoiser(), recipe, folder=folder)
         phases = tuple(_with_floor(phase, self._setting) for phase in self._of(recipe, plan))
         return Ledger(phases=phases, disk=_disk(recipe, self._setting, plan, phases), notes=_notes(folder))
 
@@ -153,8 +106,8 @@ class Ledgers:
         yield _with(training, kept)
         yield _with(saving_phase(training), kept)
         if folder.has("vae"):
-            prompts = len(recipe.sample_prompts) or PROMPTS
-            samples = self._sampling(recipe, resolution, images=prompts, rounds=2, trained_bytes=training.item(TRAINED))
+            images = len(shown_prompts(recipe))
+            samples = self._sampling(recipe, resolution, images=images, rounds=2, trained_bytes=training.item(TRAINED))
             yield _with(samples, kept)
 
     def _sampling(self, recipe: Recipe, resolution: int, *, images: int, rounds: int, trained_bytes: int) -> PhaseLedger:
@@ -170,12 +123,6 @@ class Ledgers:
         return self._phases[key]
 
 
-def block_plan(folder: ModelFolder, recipe: Recipe) -> BlockPlan:
-    """Which blocks the recipe skips."""
-    selection = selection_of(folder) if recipe.skip.startswith("auto") and folder.path.is_dir() else None
-    return plan_for(folder.empty_denoiser(), recipe.skip, use_residuals=recipe.use_residuals, selection=selection)
-
-
 def _kinds(recipe: Recipe) -> int:
     """Photos, and with prior preservation as many class images."""
     return 1 if recipe.class_prompt is None else 2
@@ -183,8 +130,7 @@ def _kinds(recipe: Recipe) -> int:
 
 def _draws(recipe: Recipe) -> list[int]:
     """Distinct draws of each pool."""
-    needed = [len(steps) * recipe.batch_size for steps in refresh_periods(recipe)]
-    return [_kinds(recipe) * min(recipe.draws or count, count) for count in needed]
+    return [_kinds(recipe) * pool_size(recipe, steps) for steps in refresh_periods(recipe)]
 
 
 def _crops(recipe: Recipe, *, photos: int) -> tuple[int, int]:
@@ -219,7 +165,7 @@ def _with(phase: PhaseLedger, kept: tuple[Item, ...]) -> PhaseLedger:
 
 def _training_side(recipe: Recipe, folder: ModelFolder) -> int:
     resolution = recipe.resolution or folder.native_resolution
-    return patches_of(recipe, resolution=resolution, unit=folder.resolution_unit, noise=np.zeros(1)).smallest
+    return patch_sides(recipe, resolution=resolution, unit=folder.resolution_unit)[0]
 
 
 def _with_floor(phase: PhaseLedger, setting: Setting) -> PhaseLedger:
@@ -237,7 +183,7 @@ def _disk(recipe: Recipe, setting: Setting, plan: BlockPlan, phases: tuple[Phase
     folder = setting.folder
     training = next(phase for phase in phases if phase.name == "training")
     trained = training.item(TRAINED)
-    disk = {"checkpoints": 3 * 3 * trained, "result": trained, "scratch file": training.disk_bytes}
+    disk = {"checkpoints": CHECKPOINT_COPIES * trained, "result": trained, "scratch file": training.disk_bytes}
     if plan.skipped and recipe.use_residuals:
         disk["feature cache"] = predicted_bytes(
             folder,

@@ -9,7 +9,7 @@ import torch
 from pocketune.errors import PlanError
 from pocketune.features.cache import FeatureCache
 from pocketune.features.storage import stored_bytes
-from pocketune.models.base import DenoiserAdapter, Prompt
+from pocketune.models.base import DenoiserAdapter, Prompt, SkipConnected
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, Span
 from pocketune.sampling.batches import BatchMaker
@@ -37,8 +37,8 @@ def predicted_bytes(
         draws: distinct ones.
         dtype: of the cache.
     """
-    if folder.family.component == "unet":
-        shape = feature_shape(folder.empty_denoiser(), plan, side=side // folder.vae_scale)
+    if issubclass(folder.family.adapter, SkipConnected):
+        shape = feature_shape(folder, plan, side=side // folder.vae_scale)
         return draws * stored_bytes(shape, dtype)
     return cache_bytes(
         plan,
@@ -50,25 +50,25 @@ def predicted_bytes(
     )
 
 
-def feature_shape(adapter: DenoiserAdapter, plan: BlockPlan, *, side: int) -> torch.Size:
+def feature_shape(folder: ModelFolder, plan: BlockPlan, *, side: int) -> torch.Size:
     """Of one draw's features in a U-Net: the image that leaves the skipped middle, found by a run without numbers.
 
     Args:
-        adapter: with its model on the meta device.
+        folder: the model.
         plan: what is skipped.
         side: of the latents.
     """
-    config = adapter.model.config
-    latents = _shape(1, config.in_channels, side, side)
-    pooled = config.projection_class_embeddings_input_dim or 0
+    sizes = folder.sizes
+    latents = _shape(1, sizes.channels, side, side)
     prompt = Prompt(
-        hidden=_shape(1, 77, config.cross_attention_dim),
-        pooled=_shape(1, pooled - 6 * config.addition_time_embed_dim) if pooled else None,
-        sizes=_shape(1, 6) if pooled else None,
+        hidden=_shape(1, 1, sizes.text_width),
+        pooled=_shape(1, sizes.pooled_width) if sizes.pooled_width else None,
+        sizes=_shape(1, 6) if folder.family.takes_sizes else None,
     )
     one = _shape(1)
     batch = Batch(latents=latents, noise=latents, timesteps=one, sigmas=one, prompt=prompt, loss_weights=one)
-    adapter.model.to("meta")
+    adapter = folder.empty_denoiser()
+    adapter.model.to("meta")  # buffers too
     features = span_features(adapter, plan, batch)
     return features[plan.skipped_spans[0]][0].shape
 

@@ -155,7 +155,7 @@ def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
     with torch.no_grad():
         for name, parameter in found.items():
             parameter.copy_(tensors[name]).requires_grad_(False)
-    follow_timesteps(model, selected, intervals)
+    follow_timesteps(model, selected, intervals=intervals, divisor=folder.family.timestep_divisor)
     return selected
 
 
@@ -188,14 +188,19 @@ def intervals_of(timesteps: Tensor, intervals: int) -> tuple[int, ...]:
     return tuple(interval_of(float(timestep), intervals) for timestep in timesteps.flatten())
 
 
-def follow_timesteps(model: nn.Module, selected: Selected, intervals: int) -> None:
-    """Let each call of a denoiser choose its scales by its `timestep`, as stock pipelines give it."""
-    # FLUX's pipeline gives timesteps from 0 to 1.
-    factor = TIMESTEPS if type(model).__name__ == "FluxTransformer2DModel" else 1
+def follow_timesteps(model: nn.Module, selected: Selected, *, intervals: int, divisor: int) -> None:
+    """Let each call of a denoiser choose its scales by its `timestep`, as stock pipelines give it.
+
+    Args:
+        model: gets a hook.
+        selected: what the hook changes.
+        intervals: of timesteps.
+        divisor: `Family.timestep_divisor`.
+    """
 
     def select(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        selected.rows = intervals_of(timestep * factor, intervals)
+        selected.rows = intervals_of(timestep * divisor, intervals)
 
     model.register_forward_pre_hook(select, with_kwargs=True)
 

@@ -110,7 +110,6 @@ class DenoiserAdapter(Protocol):
 class SkipConnected(Protocol):
     """What an adapter of a U-Net has besides: its first stream is the image, the others are skip connections."""
 
-    @property
     def middle(self) -> int:
         """Index of the block between encoder and decoder."""
 

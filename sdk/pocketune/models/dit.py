@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pocketune.errors import ModelError
 from pocketune.models.base import Context, Prompt, Streams, TextAttention
-from pocketune.models.family import Family, fixed_length
+from pocketune.models.family import Config, Family, Sizes, fixed_length
 from pocketune.models.transformer import TransformerAdapter, sizes, unpatchify
 
 
@@ -148,6 +148,10 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if mask is None else ((1 - mask.to(dtype)) * -10000.0).unsqueeze(1)
 
 
+def _sizes(config: Config) -> Sizes:
+    return sizes(config, text_width=int(config["caption_channels"]))
+
+
 def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:
     hidden, mask, _, _ = pipeline.encode_prompt(
         prompt, do_classifier_free_guidance=False, device=device, max_sequence_length=length
@@ -161,7 +165,7 @@ PIXART = Family(
     adapter=PixArtAdapter,
     pipeline=PixArtSigmaPipeline,
     text_encoders=("text_encoder",),
-    sizes=sizes,
+    sizes=_sizes,
     encode=_encode,
     text_length=fixed_length(300),
     sampling=lambda length: {"max_sequence_length": length, "clean_caption": False, "use_resolution_binning": False},
@@ -175,7 +179,7 @@ SANA = Family(
     adapter=SanaAdapter,
     pipeline=SanaPipeline,
     text_encoders=("text_encoder",),
-    sizes=sizes,
+    sizes=_sizes,
     encode=_encode,
     text_length=fixed_length(300),
     # As in the script, prompts stand alone in training and sampling, without the pipeline's instruction to the text encoder.
@@ -186,4 +190,5 @@ SANA = Family(
     },
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 4.5},
     vae=AutoencoderDC,
+    vae_scale=32,
 )

@@ -25,6 +25,9 @@ class Sizes:
         width: channels of a token.
         patch: latent pixels along a token's side.
         native: latent pixels along the side of the images that the model was made for.
+        channels: of the latents.
+        text_width: channels of a token of the encoded text.
+        pooled_width: channels of the pooled text; 0: the model takes none.
         largest: latent pixels along the largest side that the model can work at; None: no bound.
     """
 
@@ -32,6 +35,9 @@ class Sizes:
     width: int
     patch: int
     native: int
+    channels: int
+    text_width: int
+    pooled_width: int = 0
     largest: int | None = None
 
 
@@ -66,10 +72,14 @@ class Family:
         text_encoders: folders of the text encoders.
         sizes: figures from the denoiser's configuration.
         encode: encodes a prompt.
-        text_length: the `length` that `encode` and the pipeline are called with.
+        text_length: the `length` that `encode` and the pipeline are called with; 0 where there is no long text encoder.
         sampling: further arguments of the pipeline's call, given that length.
         recipe_defaults: recipe fields whose default in the architecture's script is not the recipe's own.
+        clip_text: whether the tokens of CLIP stand in the encoded text; elsewhere CLIP gives the pooled text, if anything.
+        guided_passes: of the denoiser for each image and step when the pipeline samples with guidance.
+        timestep_divisor: by which the pipeline divides timesteps, 0 to 1000, before it calls the denoiser.
         vae: the autoencoder's class.
+        vae_scale: image pixels along the side of a latent pixel, in published models; a folder's own configuration wins.
         component: folder and attribute of the denoiser in the pipeline.
         variant: the `addition_embed_type` of the configuration, where models of one class differ in it.
         optional: parts that may be missing from the folder.
@@ -88,7 +98,11 @@ class Family:
     text_length: Callable[[Parts], int]
     sampling: Callable[[int], dict[str, Any]]
     recipe_defaults: Mapping[str, Any] = field(default_factory=dict)
+    clip_text: bool = False
+    guided_passes: int = 2
+    timestep_divisor: int = 1
     vae: Any = AutoencoderKL
+    vae_scale: int = 8
     component: str = "transformer"
     variant: str = ""
     optional: tuple[str, ...] = ()

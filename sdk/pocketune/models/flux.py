@@ -153,6 +153,9 @@ def _sizes(config: Config) -> Sizes:
         width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
         patch=PATCH,
         native=NATIVE,
+        channels=int(config["in_channels"]) // PATCH**2,
+        text_width=int(config["joint_attention_dim"]),
+        pooled_width=int(config["pooled_projection_dim"]),
     )
 
 
@@ -172,5 +175,7 @@ FAMILY = Family(
     text_length=fixed_length(512),
     sampling=lambda length: {"max_sequence_length": length},
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 3.5},
+    guided_passes=1,
+    timestep_divisor=1000,
     optional=("image_encoder", "feature_extractor"),
 )

@@ -60,7 +60,8 @@ class SD3Adapter(TransformerAdapter):
 
 
 def _sizes(config: Config) -> Sizes:
-    own = sizes(config)
+    text_width, pooled_width = int(config["joint_attention_dim"]), int(config["pooled_projection_dim"])
+    own = sizes(config, text_width=text_width, pooled_width=pooled_width)
     return replace(own, largest=int(config["pos_embed_max_size"]) * own.patch)
 
 
@@ -93,6 +94,7 @@ FAMILY = Family(
     sizes=_sizes,
     encode=_encode,
     text_length=_text_length,
+    clip_text=True,
     sampling=lambda length: {"max_sequence_length": length},
     optional=("text_encoder_3", "tokenizer_3"),
 )

@@ -44,11 +44,14 @@ def unpatchify(tokens: Tensor, context: Context, patch: int) -> Tensor:
     return tiles.reshape(tokens.shape[0], -1, context.height, context.width)
 
 
-def sizes(config: Config) -> Sizes:
-    """Figures of such a model, which has no largest size of its own."""
+def sizes(config: Config, *, text_width: int, pooled_width: int = 0) -> Sizes:
+    """Figures of such a model, which has no largest size of its own; the widths are those of the encoded text."""
     return Sizes(
         blocks=int(config["num_layers"]),
         width=int(config["num_attention_heads"]) * int(config["attention_head_dim"]),
         patch=int(config["patch_size"]),
         native=int(config["sample_size"]),
+        channels=int(config["in_channels"]),
+        text_width=text_width,
+        pooled_width=pooled_width,
     )

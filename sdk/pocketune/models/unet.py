@@ -90,7 +90,6 @@ class UNetAdapter:
         """Number of layers, the middle being one."""
         return len(self._layers)
 
-    @property
     def middle(self) -> int:
         """Index of the middle block."""
         return next(index for index, layer in enumerate(self._layers) if layer.is_middle)
@@ -240,7 +239,17 @@ def _sizes(config: Config) -> Sizes:
         width=int(config["block_out_channels"][-1]),
         patch=int(2 ** (len(config["block_out_channels"]) - 1)),
         native=int(config["sample_size"]),
+        channels=int(config["in_channels"]),
+        text_width=config["cross_attention_dim"],
+        pooled_width=_pooled_width(config),
     )
+
+
+def _pooled_width(config: Config) -> int:
+    """SDXL projects the pooled text with its six embedded sizes behind it."""
+    if config.get("addition_embed_type") != "text_time":
+        return 0
+    return int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
 
 
 def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:  # noqa: ARG001 - CLIP's own length
@@ -261,7 +270,8 @@ SD = Family(
     text_encoders=("text_encoder",),
     sizes=_sizes,
     encode=_encode,
-    text_length=fixed_length(77),
+    text_length=fixed_length(0),
+    clip_text=True,
     sampling=lambda _: {},
     recipe_defaults={
         "weighting_scheme": "none",
@@ -285,7 +295,8 @@ SDXL = Family(
     text_encoders=("text_encoder", "text_encoder_2"),
     sizes=_sizes,
     encode=_encode_xl,
-    text_length=fixed_length(77),
+    text_length=fixed_length(0),
+    clip_text=True,
     sampling=lambda _: {},
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 5.0},
     component="unet",

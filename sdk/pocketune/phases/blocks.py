@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pocketune.errors import PlanError
 from pocketune.methods.lora import check_targets
-from pocketune.models.base import SkipConnected
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
-from pocketune.plan.selection import SELECTION_FILE, selection_of
-from pocketune.plan.skipping import plan_for
+from pocketune.plan.skipping import plan_of
 from pocketune.sample import check_side
 
 
@@ -28,14 +26,7 @@ def check_resolution(job: Job) -> None:
 def plan_blocks(job: Job) -> BlockPlan:
     """Which blocks are skipped; refuses what makes no sense for the architecture, LoRA targets among it."""
     adapter = job.folder.empty_denoiser()
-    selection = selection_of(job.folder) if job.recipe.skip.startswith("auto") else None
-    plan = plan_for(adapter, job.recipe.skip, use_residuals=job.recipe.use_residuals, selection=selection)
+    plan = plan_of(adapter, job.recipe, folder=job.folder)
     if job.recipe.method == "lora":
         check_targets(adapter, blocks=plan.kept, targets=job.recipe.lora_targets)
-    if job.recipe.skip.startswith("auto") and not isinstance(adapter, SkipConnected):
-        job.chosen_by = (
-            f"masking text in this model ({SELECTION_FILE})"
-            if selection
-            else f"the proportions found for FLUX; no {SELECTION_FILE} of these weights lies in the model's folder"
-        )
     return plan

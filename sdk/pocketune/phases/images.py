@@ -13,7 +13,7 @@ from pocketune.phases.state import Job
 from pocketune.photos import load_made_images
 from pocketune.record import SamplePair
 from pocketune.runfolder import class_image_paths
-from pocketune.sample import run_pipeline
+from pocketune.sample import run_pipeline, shown_prompts
 
 SAMPLE_SEED = 1000
 
@@ -44,7 +44,7 @@ def make_class_images(job: Job) -> list[Image.Image]:
 
 def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
     """Same-seed images without and with the result, and how much it changes them (mean absolute difference, 0 to 1)."""
-    prompts = job.recipe.sample_prompts or _default_prompts(job.recipe.instance_prompt)
+    prompts = shown_prompts(job.recipe)
     seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
     with job.watch.phase("samples"):
         pipeline = job.pipeline()
@@ -77,10 +77,6 @@ def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
         _save_png(after[number], job.run / names[1])
         pairs.append(SamplePair(prompt=prompt, seed=seed, before=names[0], after=names[1]))
     return tuple(pairs), change
-
-
-def _default_prompts(instance_prompt: str) -> tuple[str, ...]:
-    return tuple(f"{instance_prompt}{where}" for where in ("", " on grass", " at the beach", " in snow"))
 
 
 def _difference(first: Image.Image, second: Image.Image) -> float:

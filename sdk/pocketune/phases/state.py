@@ -38,7 +38,6 @@ class Job:
         device: where the arithmetic is done.
         watch: times phases and reports progress.
         trained_parameters: how many numbers train.
-        chosen_by: who chose the blocks that are skipped, for the report.
         choices: of each step of mixed training, how its gradient is had.
         posteriors: latents of the crops that are in use.
         cache_bytes: of the largest feature cache so far.
@@ -51,7 +50,6 @@ class Job:
     device: torch.device
     watch: Watch
     trained_parameters: int = 0
-    chosen_by: str = "the recipe"
     choices: tuple[Choice, ...] = ()
     posteriors: dict[CropKey, Posterior] = field(default_factory=dict)
     cache_bytes: int = 0
@@ -145,7 +143,7 @@ class Job:
         return {
             "blocks": plan.block_count,
             "skipped": plan.describe(),
-            "chosen_by": self.chosen_by,
+            "chosen_by": plan.chosen_by,
             "trained_blocks": list(plan.kept),
             "trained_parameters": self.trained_parameters,
             "residuals": bool(plan.skipped) and self.recipe.use_residuals,

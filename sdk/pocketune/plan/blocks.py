@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from pocketune.errors import PlanError
@@ -27,10 +27,11 @@ class Span:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The blocks that training skips, sorted; all others are kept and get an adapter."""
+    """The blocks that training skips, sorted; all others are kept and get an adapter. chosen_by: who chose, for the report."""
 
     block_count: int
     skipped: tuple[int, ...] = ()
+    chosen_by: str = field(default="the recipe", compare=False)
 
     def __post_init__(self) -> None:
         if any(not 0 <= index < self.block_count for index in self.skipped):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pocketune.errors import PlanError
 from pocketune.models.base import DenoiserAdapter, SkipConnected, Streams
+from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan, Span, middle_run, number_to_skip, parse_plan, usual_split
-from pocketune.plan.selection import Selection
+from pocketune.plan.selection import SELECTION_FILE, Selection, selection_of
+from pocketune.recipe import Recipe
 
 
 class Skipping(Protocol):
@@ -47,9 +49,11 @@ class ResidualSkipping:
 
     def auto(self, fraction: float = 0.5) -> BlockPlan:
         """The first and last blocks that masking found for this model; else in the proportions found for FLUX."""
-        if self.selection is None or not fraction:
-            return usual_split(self.block_count, fraction)
-        return self.selection.split(number_to_skip(self.block_count, fraction)).plan(self.block_count)
+        if self.selection is None:
+            chosen_by = f"the proportions found for FLUX; no {SELECTION_FILE} of these weights lies in the model's folder"
+            return replace(usual_split(self.block_count, fraction), chosen_by=chosen_by)
+        split = self.selection.split(number_to_skip(self.block_count, fraction))
+        return replace(split.plan(self.block_count), chosen_by=f"masking text in this model ({SELECTION_FILE})")
 
     def hollow(self, fraction: float) -> BlockPlan:
         """The middle of the list.
@@ -97,7 +101,7 @@ class HollowSkipping:
         """
         if fraction == 0:
             return BlockPlan(self.block_count)
-        middle = self.adapter.middle
+        middle = self.adapter.middle()
         runs = [(middle, middle + 1)]
         for start in range(middle - 1, 0, -1):
             balanced = (stop for stop in range(middle + 1, self.block_count) if self._streams(stop) == self._streams(start))
@@ -109,7 +113,7 @@ class HollowSkipping:
         """Refuse plans that would leave a layer without what it takes."""
         if not plan.skipped:
             return
-        middle = self.adapter.middle
+        middle = self.adapter.middle()
         hint = f"Skip a run around the middle block {middle}, such as {self.auto().describe()}."
         span = plan.skipped_spans[0]
         if len(plan.skipped_spans) > 1 or not 0 < span.start <= middle < span.stop < plan.block_count:
@@ -160,3 +164,19 @@ def plan_for(
     plan = parse_plan(skip, adapter.block_count, auto=skipping.auto, hollow=skipping.hollow)
     skipping.check(plan, use_residuals=use_residuals)
     return plan
+
+
+def plan_of(adapter: DenoiserAdapter, recipe: Recipe, *, folder: ModelFolder) -> BlockPlan:
+    """Which blocks a recipe skips in a model; only "auto" reads what was measured of it.
+
+    Args:
+        adapter: of the model.
+        recipe: what is asked.
+        folder: of the model.
+
+    Raises:
+        PlanError: as of `plan_for`.
+        FileFormatError: what was measured is damaged.
+    """
+    selection = selection_of(folder) if recipe.skip.startswith("auto") else None
+    return plan_for(adapter, recipe.skip, use_residuals=recipe.use_residuals, selection=selection)

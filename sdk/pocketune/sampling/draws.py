@@ -136,7 +136,7 @@ def draw_samples(
         choose_crop: `patches.Patches`, where patches are wanted.
         positions: the part of the timesteps that is drawn from, 0 the noisiest; the density is squeezed into it.
     """
-    count = sum(_pool_size(recipe, steps) for steps in refresh_periods(recipe))
+    count = sum(pool_size(recipe, steps) for steps in refresh_periods(recipe))
     return tuple(_draw(recipe, index, sizes, kind, timesteps, choose_crop, positions) for index in range(count))
 
 
@@ -144,6 +144,12 @@ def refresh_periods(recipe: Asked) -> tuple[range, ...]:
     """The optimizer steps of each pool: all steps, or runs of `refresh_every`."""
     every = recipe.refresh_every or recipe.steps
     return tuple(range(start, min(start + every, recipe.steps)) for start in range(0, recipe.steps, every))
+
+
+def pool_size(recipe: Asked, steps: range) -> int:
+    """Distinct draws of the pool that serves some steps, of photos and of class images each."""
+    needed = len(steps) * recipe.batch_size
+    return needed if recipe.draws is None else min(needed, recipe.draws)
 
 
 def step_draws(recipe: Asked, photos: Sequence[Draw], class_images: Sequence[Draw] = ()) -> list[tuple[Draw, ...]]:
@@ -154,7 +160,7 @@ def step_draws(recipe: Asked, photos: Sequence[Draw], class_images: Sequence[Dra
     size, first = recipe.batch_size, 0
     chosen: list[tuple[Draw, ...]] = []
     for steps in refresh_periods(recipe):
-        pool = _pool_size(recipe, steps)
+        pool = pool_size(recipe, steps)
         for start in range(0, len(steps) * size, size):
             numbers = [first + place % pool for place in range(start, start + size)]
             chosen.append(tuple(draws[number] for draws in (photos, class_images) if draws for number in numbers))
@@ -209,11 +215,6 @@ def timestep_density(recipe: Asked, *, uniform: float, normal: float) -> float:
     if recipe.weighting_scheme == "mode":
         return 1.0 - uniform - recipe.mode_scale * (math.cos(math.pi * uniform / 2) ** 2 - 1.0 + uniform)
     return uniform
-
-
-def _pool_size(recipe: Asked, steps: range) -> int:
-    needed = len(steps) * recipe.batch_size
-    return needed if recipe.draws is None else min(needed, recipe.draws)
 
 
 def _draw(

@@ -110,8 +110,18 @@ def patches_of(recipe: Asked, *, resolution: int, unit: int, noise: NDArray[np.f
     Raises:
         PlanError: the sizes do not fit the model or each other.
     """
+    smallest, largest = patch_sides(recipe, resolution=resolution, unit=unit)
+    return Patches(scheme=recipe.patches, smallest=smallest, largest=largest, reference=resolution, unit=unit, noise=noise)
+
+
+def patch_sides(recipe: Asked, *, resolution: int, unit: int) -> tuple[int, int]:
+    """Sides of the smallest patch, and of all training images, and of the largest; arguments as of `patches_of`.
+
+    Raises:
+        PlanError: the sizes do not fit the model or each other.
+    """
     if recipe.patches == "none":
-        return Patches(scheme="none", smallest=resolution, largest=resolution, reference=resolution, unit=unit, noise=noise)
+        return resolution, resolution
     smallest = recipe.patch_min or max(unit, resolution // 2 // unit * unit)
     largest = recipe.patch_max or resolution
     for name, side in (("patch_min", smallest), ("patch_max", largest)):
@@ -124,4 +134,4 @@ def patches_of(recipe: Asked, *, resolution: int, unit: int, noise: NDArray[np.f
             'the resolution, or set patches = "none".'
         )
         raise PlanError(msg)
-    return Patches(scheme=recipe.patches, smallest=smallest, largest=largest, reference=resolution, unit=unit, noise=noise)
+    return smallest, largest

@@ -78,7 +78,7 @@ def select_blocks(
         Interrupted: on Ctrl-C; what is measured is kept.
     """
     folder = open_model(model)
-    if isinstance(folder.empty_denoiser(), SkipConnected):
+    if issubclass(folder.family.adapter, SkipConnected):
         msg = f"{folder.name} is a U-Net: it skips its middle, and there is no split of first and last blocks to search for."
         raise PlanError(msg)
     selection = Selection(
