@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pocketune.errors import ModelError, PlanError, RecipeError
+from pocketune.errors import ModelError, RecipeError
 from pocketune.models import unet
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
@@ -59,20 +59,6 @@ def optimizer_of(recipe: Recipe) -> m.Optimizer:
         epsilon=epsilon,
         max_grad_norm=recipe.max_grad_norm if clipped else None,
     )
-
-
-def resolution_of(folder: ModelFolder, recipe: Recipe) -> int:
-    """The recipe's resolution, or the model's own.
-
-    Raises:
-        PlanError: the model cannot work at it.
-    """
-    side, unit, largest = recipe.resolution or folder.native_resolution, folder.resolution_unit, folder.largest_resolution
-    if side % unit or (largest is not None and side > largest):
-        bound = "" if largest is None else f" up to {largest}"
-        msg = f"resolution {side} does not fit {folder.name}: expected a multiple of {unit}{bound}."
-        raise PlanError(msg)
-    return side
 
 
 def zero_negative(folder: ModelFolder) -> bool:
