@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def class_image_paths(run: Path, count: int) -> list[Path]:
 
 @contextmanager
 def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
-    """Make RUN, or take up an interrupted one; a new RUN that fails before anything in it took long to make is removed again.
+    """Make RUN, or take up an interrupted one; a new one that fails with nothing in it that took long to make leaves no trace.
 
     Args:
         run: the folder.
@@ -87,6 +88,8 @@ def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
     try:
         existed = run.exists() and (not run.is_dir() or any(run.iterdir()))
         resumable = job_file.is_file()
+        folder = Path(os.path.realpath(run))  # through links, which stay
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
     except OSError as error:
         msg = f"cannot read {run}: {error.strerror or error}. Check its permissions, or choose another --out."
         raise RunError(msg) from error
@@ -99,15 +102,29 @@ def run_folder(run: Path, *, resume: bool, fingerprint: str) -> Iterator[None]:
     if resume and _fingerprint(job_file) != fingerprint:
         msg = f"{run} was started with another recipe, model or photos. Resume with the same ones, or choose another --out."
         raise RunError(msg)
-    if not resume:
-        write_text(job_file, json.dumps({"fingerprint": fingerprint}) + "\n")
     try:
+        if not resume:
+            write_text(job_file, json.dumps({"fingerprint": fingerprint}) + "\n")
         yield
     except BaseException as error:
-        worth_keeping = isinstance(error, Interrupted) or any(any(run.glob(made)) for made in SLOW)
+        worth_keeping = isinstance(error, Interrupted) or any(any(folder.glob(made)) for made in SLOW)
         if not existed and not worth_keeping:
-            shutil.rmtree(run, ignore_errors=True)
+            _remove(folder, missing)
         raise
+
+
+def _remove(folder: Path, missing: Sequence[Path]) -> None:
+    """Make a folder empty again, and remove those, innermost first, that were not there before and now are empty."""
+    with suppress(OSError):  # what went wrong before is what to tell
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+    with suppress(OSError):
+        for place in missing:
+            if place.exists():
+                place.rmdir()
 
 
 def _fingerprint(job_file: Path) -> Any:

@@ -17,10 +17,11 @@ def parse_size(text: str) -> int:
         RecipeError: it is no size.
     """
     found = _SIZE.fullmatch(text.upper())
-    if found is None or found[2] == "I" or not float(found[1]):
+    size = 0.0 if found is None or found[2] == "I" else float(found[1]) * _FACTORS[found[2]]
+    if not 1 <= size < 2**63:
         msg = f'"{text}" is no size of memory: expected a number with a unit, such as 1GiB, 900MB or 1.5G.'
         raise RecipeError(msg)
-    return round(float(found[1]) * _FACTORS[found[2]])
+    return round(size)
 
 
 def readable_size(size_bytes: float) -> str:

@@ -274,3 +274,15 @@ def test_ctrl_c_in_a_terminal_does_not_reach_the_planner(monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(apart, "_PLANNER", "planner")
     assert apart.ask_apart(asked(), apart.Question(model="x"))["group"] != os.getpgrp()
+
+
+def test_the_planner_runs_nothing_of_the_folder_that_the_user_is_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Among photos from somewhere may lie a torch.py; the last words of a planner that fails are told."""
+    (tmp_path / "planner.py").write_text('import sys; sys.exit("ran what lay there")')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(apart, "_PLANNER", "planner")
+    with pytest.raises(PlanError, match="No module named planner"):
+        apart.ask_apart(asked(), apart.Question(model="x"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(PlanError, match="no plan: ran what lay there"):
+        apart.ask_apart(asked(), apart.Question(model="x"))

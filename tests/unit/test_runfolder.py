@@ -48,3 +48,28 @@ def test_runs_and_caches_of_earlier_versions_are_found_again():
 
 def test_class_images_are_where_a_stopped_run_left_them(tmp_path):
     assert class_image_paths(tmp_path, 2) == [tmp_path / "class_images" / name for name in ("000.png", "001.png")]
+
+
+@pytest.mark.parametrize(
+    ("there", "out"), [("empty", "empty"), ("empty", "link"), ("", "new"), ("", "deep/a/b"), ("empty", "empty/a/b")]
+)
+def test_a_run_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, there, out):
+    (tmp_path / there).mkdir(exist_ok=True)
+    if out == "link":
+        (tmp_path / out).symlink_to(tmp_path / there)
+    before = sorted(tmp_path.rglob("*"))
+    run = tmp_path / out
+    with pytest.raises(RunError), run_folder(run, resume=False, fingerprint="f"):
+        (run / "samples").mkdir()
+        (run / "samples/00.png").touch()
+        raise RunError
+    assert sorted(tmp_path.rglob("*")) == before
+    with run_folder(run, resume=False, fingerprint="f"):
+        pass
+
+
+def test_what_another_program_put_beside_a_failed_run_stays(tmp_path):
+    with pytest.raises(RunError), run_folder(tmp_path / "deep/a/b", resume=False, fingerprint="f"):
+        (tmp_path / "deep/other").touch()
+        raise RunError
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["other"]

@@ -15,7 +15,7 @@ def test_sizes_are_read(text: str, size: float) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "1TB", "-1G", "0", "1 I", "1e9"])
+@pytest.mark.parametrize("text", ["", "much", "1TB", "-1G", "0", "0.4", "1 I", "1e9", "9" * 400 + "G"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="is no size of memory"):
         parse_size(text)

@@ -46,15 +46,17 @@ def ask_apart(recipe: Recipe, question: Question) -> dict[str, Any]:
         PlanError, ModelError, RecipeError, PhotoError: what planning refuses.
     """
     asked = {"recipe": recipe.model_dump(mode="json", exclude_unset=True), "question": asdict(question)}
-    command = [sys.executable, "-m", _PLANNER]
+    # -P: -m would put the folder that the user is in on the path, and run a torch.py that lies there.
+    command = [sys.executable, "-P", "-m", _PLANNER]
     # In a group of its own, so that Ctrl-C in a terminal ends it from here alone, without a word of its own.
-    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=False, process_group=0)
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False, process_group=0)
     lines = done.stdout.splitlines()
     if done.returncode == -signal.SIGKILL:
         msg = "planning was killed, most likely for want of memory: it takes some 600 MB for a moment. Raise the limit."
         raise PlanError(msg)
     if done.returncode != 0 or not lines:
-        msg = f"planning ended with status {done.returncode} and no plan. Run `pocketune plan` to see why."
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        msg = f"planning ended with status {done.returncode} and no plan: {last[:200]}. Run `pocketune plan` to see more."
         raise PlanError(msg)
     answer: dict[str, Any] = json.loads(lines[-1])
     if "error" in answer:
