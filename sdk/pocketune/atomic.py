@@ -45,6 +45,28 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold; nothing is made.
+
+    Raises:
+        RunError: it has no name or is a folder, or its folder cannot be written or made.
+    """
+    try:
+        place = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        if path.is_dir():
+            reason = "it is a folder"
+        elif not place.is_dir():
+            reason = f"{place} is no folder"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            reason = f"{place} may not be written"
+        else:
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    msg = f"cannot write {path}: {reason}. Choose another --out."
+    raise RunError(msg)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with replacing(path) as partial:

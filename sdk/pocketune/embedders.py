@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pocketune.errors import ModelError, first_line
+from pocketune.models.quiet import quiet_hub
 
 DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
 """Those of the DreamBooth paper (Ruiz et al. 2023): ViT-S/16 DINO and CLIP ViT-B/32."""
@@ -76,9 +77,10 @@ def _load(model: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        network: Any = AutoModel.from_pretrained(model, dtype=torch.float32)
-        load_processor: Any = AutoImageProcessor.from_pretrained
-        processor = load_processor(model)
+        with quiet_hub():
+            network: Any = AutoModel.from_pretrained(model, dtype=torch.float32)
+            load_processor: Any = AutoImageProcessor.from_pretrained
+            processor = load_processor(model)
     except (OSError, ValueError) as error:
         msg = f"cannot load the judge {model}: {first_line(error)}. Give a local folder or a hub id, and check the network."
         raise ModelError(msg) from error

@@ -6,6 +6,10 @@ line on stderr and exit code 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PocketuneError(Exception):
     """Base of all deliberate errors."""
@@ -54,3 +58,17 @@ class Interrupted(PocketuneError):  # noqa: N818 - it is an outcome that the use
 def first_line(error: BaseException) -> str:
     """What a library says first, in at most 200 characters; the kind of its error where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def reading(path: Path, *, failure: type[PocketuneError] = FileFormatError) -> Iterator[None]:
+    """Turn what the system says of a path, as that its name is too long, into an error for a person.
+
+    Raises:
+        PocketuneError: of the kind `failure`.
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        raise failure(msg) from error

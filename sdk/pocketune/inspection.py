@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketune.bundlefile import describe_bundle, is_archived_bundle
-from pocketune.errors import FileFormatError
+from pocketune.errors import FileFormatError, reading
 from pocketune.jsonfile import read_object
 from pocketune.lorafile import describe_lora, find_blocks, find_pairs
 from pocketune.runfolder import (
     CHECKPOINTS,
     CLASS_IMAGES,
     DEVICE_RECORD_FILE,
+    JOB_FILE,
     LORA_FILE,
     METHOD_KEY,
     RECORD_FILE,
     REPORT_FILE,
     SCALES_FILE,
+    SLOW,
     TOKEN_FILE,
 )
 from pocketune.scalesfile import describe_scales
@@ -63,19 +65,16 @@ def inspect(path: Path | str) -> Inspection:
     """
     path = Path(path)
     head = None
-    try:
+    with reading(path):
         if path.is_dir():
             return _inspect_folder(path)
         if path.is_file():
             with path.open("rb") as file:
                 head = file.read(16)
-    except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
-        raise FileFormatError(msg) from error
     if head is None:
         msg = f"{path} is no file or folder. Check the path."
         raise FileFormatError(msg)
-    if is_archived_bundle(path):
+    if path.suffix.lower() == ".ptb" or is_archived_bundle(path):  # also one that was cut off
         return _inspect_bundle(path)
     tensors = path.suffix.lower() == ".safetensors" or head[8:9] == b"{"
     if path.suffix.lower() in _PICKLED or (not tensors and _is_pickle(head)):
@@ -102,7 +101,7 @@ def _inspect_folder(folder: Path) -> Inspection:
         return _inspect_model(folder)
     if (folder / "manifest.json").is_file():
         return _inspect_bundle(folder)
-    of_a_run = any((folder / name).is_file() for name in (RECORD_FILE, LORA_FILE, SCALES_FILE, TOKEN_FILE))
+    of_a_run = any((folder / name).is_file() for name in (RECORD_FILE, JOB_FILE, LORA_FILE, SCALES_FILE, TOKEN_FILE))
     if of_a_run or (folder / CHECKPOINTS).is_dir():
         return _inspect_run(folder)
     tensors = [entry for entry in sorted(folder.glob("*.safetensors")) if not entry.name.startswith(".")]
@@ -147,9 +146,10 @@ def _inspect_run(folder: Path) -> Inspection:
             steps = open_tensor_file(folder / CHECKPOINTS / checkpoints[-1]).metadata.get("step")
         except FileFormatError as error:
             notes = (f"The newest checkpoint cannot be used: {error}",)
+    begun = not record and not checkpoints and (folder / JOB_FILE).is_file() and any(any(folder.glob(made)) for made in SLOW)
     facts: dict[str, Any] = {
         "finished": bool(record),
-        "resumable": steps is not None,
+        "resumable": steps is not None or begun,
         "checkpoint_step": int(steps) if steps is not None and steps.isdecimal() else None,
         "checkpoints": checkpoints,
         "report": (folder / REPORT_FILE).is_file(),

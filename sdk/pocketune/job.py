@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from pocketune.allocator import return_freed_memory
@@ -33,8 +32,9 @@ from pocketune.recipe import Recipe
 from pocketune.record import CheckResult, RunRecord
 from pocketune.report import write_report
 from pocketune.runfolder import CHECKPOINTS, FEATURES, JOB_FILE, run_fingerprint, run_folder
-from pocketune.sample import default_device
+from pocketune.sample import check_steps, device_named
 from pocketune.sampling.draws import Kind, refresh_periods
+from pocketune.units import parse_size
 from pocketune.watch import Watch
 
 _LIBRARIES = ("pocketune", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pillow")
@@ -109,6 +109,8 @@ def run_job(
     if features is not None and recipe.refresh_every:
         msg = "runs cannot share features that refresh_every removes while they train. Leave out the one or the other."
         raise RecipeError(msg)
+    budget_bytes = None if memory_budget is None else parse_size(str(memory_budget))
+    torch_device = device_named(device)
     run = Path(out)
     if recipe.saves_memory or memory_budget is not None:
         return_freed_memory()
@@ -116,15 +118,15 @@ def run_job(
     with MemoryLog() as memory:
         folder = open_model(model)
         recipe = folder.family.complete(recipe)
-        torch_device, watch = torch.device(device or default_device()), Watch(memory, on_progress)
+        watch = Watch(memory, on_progress)
         with watch.phase("photos"):
             loaded = load_photos(photos, max_side=MAX_PHOTO_SIDE)
-        if memory_budget is None:
+        if budget_bytes is None:
             job = Job(recipe, folder, run, torch_device, watch)
             return _run(job, loaded, features=features, resume=resume, started=started)
         memory_plan = memory_plan_of(
             recipe,
-            memory_budget,
+            budget_bytes,
             model=str(model),
             folder=folder,
             run=run,
@@ -157,6 +159,7 @@ def _run(
     """All phases but the photos and the memory plan."""
     recipe = job.recipe
     check_resolution(job)
+    check_steps(job.folder, recipe.sample_steps)
     plan = plan_blocks(job)
     fingerprint = run_fingerprint(recipe.model_dump(), model=training_fingerprint(job.folder), photos=photo_hashes(photos))
     batches = draw(job, photos)

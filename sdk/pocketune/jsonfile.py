@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pocketune.errors import FileFormatError
+from pocketune.errors import FileFormatError, reading
 from pocketune.units import readable_size
 
 LIMIT_BYTES = 64_000_000
@@ -18,14 +18,11 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         FileFormatError: it cannot be read, is of no plausible size, or holds something else.
     """
-    try:
+    with reading(path):
         if path.stat().st_size > LIMIT_BYTES:
             msg = f"{path} has more than {readable_size(LIMIT_BYTES)}, which is no plausible size. Copy it again."
             raise FileFormatError(msg)
         content = path.read_bytes()
-    except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}. Check the path and its permissions."
-        raise FileFormatError(msg) from error
     return parse_object(content, path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -51,7 +51,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     instance_prompt: str = Field(min_length=1, description='Names the subject with a rare word, as in "a photo of sks toy".')
-    class_prompt: str | None = Field(default=None, description='Turns prior preservation on, as in "a photo of a toy".')
+    class_prompt: str | None = Field(
+        default=None, min_length=1, description='Turns prior preservation on, as in "a photo of a toy".'
+    )
     class_images: int = Field(default=8, ge=1, description="Images of the class, made by the base model beforehand.")
     prior_loss_weight: float = Field(default=1.0, ge=0)
 
@@ -134,7 +136,9 @@ class Recipe(BaseModel):
     subspace_noise: float = Field(default=1e-3, ge=0, lt=1, description="Share of the variance that counts as unused.")
 
     rank: int = Field(default=4, ge=1, description="LoRA rank; alpha equals it.")
-    lora_targets: tuple[str, ...] | None = Field(default=None, description="Linear names inside a block; default: attention.")
+    lora_targets: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None, min_length=1, description="Linear names inside a block; default: attention."
+    )
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="Of the frozen weights.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from pocketune.allocator import return_freed_memory
-from pocketune.errors import PlanError
+from pocketune.errors import PlanError, RecipeError, first_line
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.recipe import Recipe
 from pocketune.tuning import find_result, method_of
@@ -48,13 +49,17 @@ def generate(
 
     Raises:
         ModelError: the model cannot be loaded.
-        PlanError: the model cannot work at the resolution.
+        PlanError: the model cannot work at the resolution, or its schedule has no room for the steps.
+        RecipeError: another argument makes no sense, or there is no such device.
         FileFormatError: there is no LoRA at `lora`, or it does not fit the model.
     """
+    seeds = range(len(prompts)) if seeds is None else seeds
+    _check_asked(prompts, seeds, guidance)
+    torch_device = device_named(device)
     folder = open_model(model)
-    side = resolution or folder.native_resolution
+    side = folder.native_resolution if resolution is None else resolution
     check_side(folder, side)
-    torch_device = torch.device(device or default_device())
+    check_steps(folder, steps)
     path = find_result(lora) if lora is not None else None
     if streamed:
         return_freed_memory()
@@ -70,7 +75,7 @@ def generate(
         pipeline,
         folder,
         prompts,
-        seeds=list(seeds) if seeds is not None else list(range(len(prompts))),
+        seeds=list(seeds),
         steps=steps,
         guidance=folder.family.guidance if guidance is None else guidance,
         resolution=side,
@@ -92,11 +97,40 @@ def check_side(folder: ModelFolder, resolution: int) -> None:
         PlanError: it is no multiple of the model's unit, or beyond its table of positions.
     """
     unit, largest = folder.resolution_unit, folder.largest_resolution
-    if resolution % unit or resolution > (largest or resolution):
+    if resolution < unit or resolution % unit or resolution > (largest or resolution):
         nearest = max(unit, round(resolution / unit) * unit)
         nearest, bound = (nearest, "") if largest is None else (min(largest, nearest), f" up to {largest}")
         msg = f"resolution {resolution} does not fit {folder.name}: expected a multiple of {unit}{bound}. Try {nearest}."
         raise PlanError(msg)
+
+
+def check_steps(folder: ModelFolder, steps: int) -> None:
+    """Refuse a number of sampler steps that the model's noise schedule has no room for.
+
+    Raises:
+        PlanError: there are none, or more than timesteps to train at.
+    """
+    count = folder.scheduler().config.num_train_timesteps
+    if not 1 <= steps <= count:
+        msg = f"{steps} sampler steps do not fit {folder.name}: expected 1 to {count}, the timesteps of its schedule. Try 28."
+        raise PlanError(msg)
+
+
+def _check_asked(prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> None:
+    for wrong, msg in (
+        (isinstance(prompts, str), "prompts is a single text, expected a list of texts. Put it in brackets."),
+        (
+            len(seeds) != len(prompts),
+            f"{len(seeds)} seeds for {len(prompts)} prompts: expected one a prompt. Leave seeds out to take 0, 1, 2 and so on.",
+        ),
+        (not all(0 <= seed < 2**64 for seed in seeds), f"torch cannot take one of the seeds {seeds}: expected 0 to 2^64 - 1."),
+        (
+            guidance is not None and not math.isfinite(guidance),
+            f"guidance {guidance} makes no image: expected a finite number, such as 7.",
+        ),
+    ):
+        if wrong:
+            raise RecipeError(msg)
 
 
 def run_pipeline(
@@ -131,6 +165,22 @@ def run_pipeline(
     return images
 
 
-def default_device() -> str:
-    """CUDA where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_named(name: str | None) -> torch.device:
+    """A torch device; None: CUDA where there is one, else the CPU.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        reason = first_line(error)
+    else:
+        count = torch.cuda.device_count()
+        if device.type != "cuda" or (device.index or 0) in range(count):  # torch wraps large numbers around
+            return device
+        reason = f"torch finds {count} CUDA devices here"
+    msg = f"no device {name}: {reason}. Give cpu, or leave it out to take what there is."
+    raise RecipeError(msg)

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pocketune.delta import check_lora_loads, load_lora, save_lora, trained_norms
-from pocketune.errors import FileFormatError, first_line
+from pocketune.errors import FileFormatError, first_line, reading
 from pocketune.methods.base import Tuned, TuningMethod
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import ScalesMethod
@@ -72,13 +72,14 @@ def find_result(path: str | Path) -> Path:
     """The result file at a path: the file itself, or the one in a folder or a RUN folder.
 
     Raises:
-        FileFormatError: there is none.
+        FileFormatError: there is none, or it cannot be looked for there.
     """
     path = Path(path)
     results = [method.result for method in METHODS.values()]
-    for candidate in (path, *(path / result.name for result in results), *(path / result for result in results)):
-        if candidate.is_file() and candidate.suffix == ".safetensors":
-            return candidate
+    with reading(path):
+        for candidate in (path, *(path / result.name for result in results), *(path / result for result in results)):
+            if candidate.is_file() and candidate.suffix == ".safetensors":
+                return candidate
     msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE.name}."
     raise FileFormatError(msg)
 

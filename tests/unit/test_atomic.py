@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pocketune.atomic import replacing, write_text
+from pocketune.atomic import check_writable, replacing, write_text
 from pocketune.errors import PocketuneError, RunError
 
 
@@ -123,3 +123,31 @@ def test_the_umask_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("os.umask", lambda _: pytest.fail("changes the umask"))
     write_text(tmp_path / "a.txt", "text")
     assert contents(tmp_path) == {"a.txt": "text"}
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (".", "a folder"),
+        ("folder", "a folder"),
+        ("..", "a folder"),
+        ("file/a", "file is no folder"),
+        ("x" * 300, "too long"),
+    ],
+)
+def test_what_could_not_be_written_is_refused_beforehand(tmp_path, monkeypatch, path, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for good in ("new", "file", "folder/a", "new/deep/a"):
+        check_writable(Path(good))
+    with pytest.raises(RunError, match=reason):
+        check_writable(Path(path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_the_right_to_write_is_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with pytest.raises(RunError, match="may not be written"):
+        check_writable(tmp_path / "new/a.png")

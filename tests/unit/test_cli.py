@@ -166,6 +166,10 @@ def test_quiet_prints_nothing(job: FakeJob) -> None:
         (["personalize", "a.jpg", *TOY, "--out", "run", "--learning-rate", "-1"], "learning_rate"),
         (["personalize", "a.jpg", *TOY, "--out", "run", "--recipe", "no-such.toml"], "no-such.toml"),
         (["sample", "run", "--prompt", "a", "--out", "image.txt"], "image.txt"),
+        (["sample", "run", "--prompt", "a", "--out", "/dev/null/image.png"], "/dev/null is no folder"),
+        (["sample", "x" * 5000, "--prompt", "a"], "File name too long"),
+        (["select-blocks", "--out", "."], "it is a folder"),
+        (["select-blocks", "--out", "/dev/null/selection.json"], "/dev/null is no folder"),
         (["inspect", "no-such-file"], "no-such-file"),
     ],
 )
@@ -181,6 +185,13 @@ def test_missing_or_unknown_option_is_refused(job: FakeJob) -> None:
     assert runner.invoke(cli.app, ["personalize", "--out", "run", *TOY]).exit_code == 2
     assert runner.invoke(cli.app, ["personalize", "a.jpg", *TOY, "--out", "run", "--no-such"]).exit_code == 2
     assert job.calls == []
+
+
+@pytest.mark.parametrize("command", [["sample", "run", "--prompt", "a"], ["select-blocks", "--out", "selection.json"]])
+@pytest.mark.parametrize("seed", ["-1", f"{2**63}", "99999999999999999999"])
+def test_a_seed_that_torch_cannot_take_is_refused(command: list[str], seed: str) -> None:
+    result = runner.invoke(cli.app, [*command, "--seed", seed])
+    assert result.exit_code == 2 and "Usage" in result.stderr
 
 
 @pytest.mark.parametrize(

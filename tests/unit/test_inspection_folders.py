@@ -147,6 +147,16 @@ def test_interrupted_run(tmp_path):
     assert "newest checkpoint cannot be used" in found.notes[0]
 
 
+@pytest.mark.parametrize("made", ["features/a1/shard-0000.safetensors", "class_images/000.png", None])
+def test_run_that_was_interrupted_before_training(tmp_path, made):
+    (tmp_path / "job.json").write_text('{"fingerprint": "f"}')
+    if made:
+        (tmp_path / made).parent.mkdir(parents=True)
+        (tmp_path / made).touch()
+    found = describe(tmp_path)
+    assert (found.kind, found.facts["finished"], found.facts["resumable"]) == ("run", False, made is not None)
+
+
 def test_run_without_its_result(tmp_path):
     (tmp_path / "run.json").write_text('{"model": "m"}')
     assert "was removed" in inspect(tmp_path).notes[0]
@@ -175,7 +185,7 @@ def test_bundle_in_one_file(tmp_path):
     assert found.size_bytes == path.stat().st_size
 
     path.write_bytes(path.read_bytes()[:-30])
-    fault(path)
+    assert "Copy or export the bundle again" in fault(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("manifest.json", "{" + " " * 100_000 + "}")
     assert "compressed or too large" in fault(path)

@@ -36,6 +36,7 @@ def test_is_frozen_and_hashable():
     ("field", "value"),
     [
         ("instance_prompt", ""),
+        ("class_prompt", ""),
         ("steps", 0),
         ("steps", 1.5),
         ("steps", "many"),
@@ -63,6 +64,8 @@ def test_is_frozen_and_hashable():
         ("low_resolution", 64),
         ("sample_steps", 0),
         ("lora_targets", "to_q"),
+        ("lora_targets", []),
+        ("lora_targets", [""]),
         ("not_a_field", 1),
     ],
 )

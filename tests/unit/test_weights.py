@@ -1,7 +1,9 @@
 """Weight stores and packed weights: exact where they promise it, and clear about damage."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -137,22 +139,28 @@ def test_what_is_downloaded_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_
         return list(huggingface_hub.utils.filter_repo_objects(names, **asked))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download_all)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: names)
+    files = [SimpleNamespace(rfilename=name) for name in names]
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda _: SimpleNamespace(siblings=files))
     kept = ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "model_index.json"]
     assert wanted() == kept
 
-    def offline(_: str) -> list[str]:
+    def offline(_: str) -> None:
         raise huggingface_hub.errors.OfflineModeIsEnabled
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
     assert wanted() == [kept[0], kept[2]]
 
+    logger = logging.getLogger("huggingface_hub.some_module")
+    assert logger.isEnabledFor(logging.WARNING)
+
     def missing(*_: Any, **__: Any) -> str:
+        assert not logger.isEnabledFor(logging.WARNING)
         raise OSError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", missing)
-    with pytest.raises(ModelError, match="cannot download owner/name: OSError"):
+    with pytest.raises(ModelError, match="cannot download owner/name: OSError; there is no folder owner/name here"):
         download("owner/name")
+    assert logger.isEnabledFor(logging.WARNING)
 
 
 def test_damage_is_told(tmp_path: Path) -> None:

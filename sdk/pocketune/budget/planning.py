@@ -19,7 +19,7 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.published import PUBLISHED, PublishedModel
 from pocketune.photos import MAX_PHOTO_SIDE, load_photos
 from pocketune.recipe import Recipe
-from pocketune.sample import default_device
+from pocketune.sample import device_named
 
 _JOB = "pocketune.job"
 
@@ -33,7 +33,7 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     """
     folder = model_to_plan(question.model)
     floor = measured_floor(folder) if question.floor_bytes is None else question.floor_bytes
-    device = torch.device(question.device or default_device())
+    device = device_named(question.device)
     photo_pixels = None
     if question.photos:
         photos = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)

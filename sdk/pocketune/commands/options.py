@@ -11,6 +11,8 @@ from pocketune.errors import RecipeError
 from pocketune.recipe import Recipe
 
 DEFAULT_MODEL = "pocket-sd3"
+MAX_SEED = 2**63 - 1
+"""As of recipes; the seeds of further images, which count up from it, are still ones that torch takes."""
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="Built-in name, local diffusers folder, or hub id.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

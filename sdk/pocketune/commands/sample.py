@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from pocketune.atomic import check_writable, replacing
 from pocketune.commands.failures import clear_errors, needing_extra
-from pocketune.commands.options import DEFAULT_MODEL, JsonOption, ModelOption, QuietOption
+from pocketune.commands.options import DEFAULT_MODEL, MAX_SEED, JsonOption, ModelOption, QuietOption
 from pocketune.display import ProgressDisplay
+from pocketune.errors import reading
 from pocketune.photos import numbered_images
 from pocketune.progress import Progress
 from pocketune.record import RunRecord
@@ -30,7 +32,7 @@ def sample(
         list[str], typer.Option("--prompt", help="What to show; may be given several times.", show_default=False)
     ],
     model: ModelOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.", min=0, max=MAX_SEED)] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler; default: those of the RUN, else 28.", min=1)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; default: of the RUN, else of the model.", min=0.0)
@@ -48,7 +50,10 @@ def sample(
     """Make images with what a RUN trained, or with a LoRA file."""
     with clear_errors():
         paths = numbered_images(out, len(prompt), suffixes=_IMAGE_FORMATS)
-        record = RunRecord.read(source / RECORD_FILE) if (source / RECORD_FILE).is_file() else None
+        for path in paths:
+            check_writable(path)
+        with reading(source):
+            record = RunRecord.read(source / RECORD_FILE) if (source / RECORD_FILE).is_file() else None
         given = {"steps": steps, "guidance": guidance, "resolution": resolution}
         settings = _sampling_settings(record) | {name: value for name, value in given.items() if value is not None}
         generate = import_generate()
@@ -93,7 +98,5 @@ def _image_event(done: int, total: int) -> Progress:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    from pocketune.atomic import replacing
-
     with replacing(path) as partial:
         image.save(partial, format=_IMAGE_FORMATS[path.suffix.lower()])

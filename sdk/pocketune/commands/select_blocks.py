@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pocketune.atomic import check_writable
 from pocketune.commands.failures import clear_errors, needing_extra
-from pocketune.commands.options import DEFAULT_MODEL, JsonOption, QuietOption
+from pocketune.commands.options import DEFAULT_MODEL, MAX_SEED, JsonOption, QuietOption
 from pocketune.display import ProgressDisplay, print_facts
 
 
@@ -30,15 +31,18 @@ def select_blocks(
     ] = None,
     embedder_model: Annotated[str | None, typer.Option(help="Local folder or hub id of DINO or CLIP.")] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", help="Seed of the images, each for every prompt; default: 0.")
+        list[int] | None,
+        typer.Option("--seed", help="Seed of the images, each for every prompt; default: 0.", min=0, max=MAX_SEED),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1)] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.", min=1, max=1000)] = 20,
     work: Annotated[Path | None, typer.Option(help="Folder of the toys' runs; default: beside --out.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Find which blocks can be skipped, by hiding text in them. A search that was stopped goes on when repeated."""
     with clear_errors():
+        check_writable(out)
+        check_writable(out.with_suffix(".html"))
         with needing_extra("train"):
             from pocketune.selection import search, sources
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pocketune.errors import ModelError, first_line
+from pocketune.models.quiet import quiet_hub
 from pocketune.weights.files import plain_weights
 
 _FORMATS = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
@@ -23,18 +24,21 @@ def download(hub_id: str) -> Path:
     Raises:
         ModelError: it is not there, or cannot be reached.
     """
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        ignored = unneeded(list_repo_files(hub_id))
+        # Where there is no network list_repo_files tries for half a minute, and this once.
+        ignored = unneeded(file.rfilename for file in model_info(hub_id).siblings or ())
     except Exception:  # of many kinds; without the hub, what was downloaded before will do, or it is said below why not
         ignored = [_SAFETY_CHECKER, _VARIANTS]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FORMATS, ignore_patterns=ignored))
+        with quiet_hub():
+            return Path(snapshot_download(hub_id, allow_patterns=_FORMATS, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         msg = (
-            f"cannot download {hub_id}: {first_line(error)}. Check the name and the network, or give a local diffusers folder."
+            f"cannot download {hub_id}: {first_line(error)}; there is no folder {hub_id} here either. Check the name and the "
+            "network, or give a local diffusers folder."
         )
         raise ModelError(msg) from error
 

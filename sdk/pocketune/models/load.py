@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pocketune.errors import FileFormatError, ModelError
+from pocketune.errors import FileFormatError, ModelError, reading
 from pocketune.jsonfile import read_object
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.empty import empty_denoiser
@@ -285,7 +285,9 @@ def open_model(model: str | Path) -> ModelFolder:
     if name in BUILT_IN:
         return ModelFolder(name, _WEIGHTS / name, source=name)
     path = Path(name)
-    if path.exists():
+    with reading(path, failure=ModelError):
+        there = path.exists()
+    if there:
         return ModelFolder(path.name, path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):  # no hub id either
         msg = f"no model {name}: give a built-in name ({', '.join(BUILT_IN)}), a diffusers folder, or a hub id (owner/name)."

@@ -1,12 +1,14 @@
-"""Keep diffusers and transformers from printing while the core uses them; how they were set is put back afterwards."""
+"""Keep libraries from printing while the core uses them; how they were set is put back afterwards."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from pocketune.errors import ModelError, first_line
@@ -27,6 +29,17 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No warnings of the hub's client inside the block, which has several for every try that fails; errors still are raised."""
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(before)
 
 
 @contextmanager

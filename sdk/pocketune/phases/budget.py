@@ -18,7 +18,7 @@ from pocketune.errors import BudgetError, RecipeError, RunError
 from pocketune.guard import Guard
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
-from pocketune.units import parse_size, readable_size
+from pocketune.units import readable_size
 from pocketune.watch import Watch
 
 PLAN_FILE = "plan.json"
@@ -26,7 +26,7 @@ PLAN_FILE = "plan.json"
 
 def memory_plan_of(
     recipe: Recipe,
-    budget: str | int,
+    budget_bytes: int,
     *,
     model: str,
     folder: ModelFolder,
@@ -41,7 +41,7 @@ def memory_plan_of(
 
     Args:
         recipe: what is asked.
-        budget: main memory, in bytes or as a person writes it.
+        budget_bytes: main memory.
         model: as of `personalize`.
         folder: the model, opened.
         run: the RUN folder.
@@ -56,7 +56,7 @@ def memory_plan_of(
         RunError: `RUN/plan.json` is not readable.
     """
     with watch.phase("plan"):
-        bound, note = within_limits(parse_size(budget) if isinstance(budget, str) else budget)
+        bound, note = within_limits(budget_bytes)
         kept = run / PLAN_FILE
         if resume and kept.is_file():
             memory_plan = replace(_kept_memory_plan(kept, recipe), budget_bytes=bound)

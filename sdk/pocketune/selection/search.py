@@ -23,7 +23,7 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.masking import text_masked
 from pocketune.plan.selection import Measured, Selection
 from pocketune.progress import OnProgress, Progress, ignore
-from pocketune.sample import default_device, run_pipeline
+from pocketune.sample import check_side, check_steps, device_named, run_pipeline
 from pocketune.selection.report import write_selection_report
 from pocketune.tuning import find_result, method_of
 from pocketune.weights.files import file_sha256
@@ -73,7 +73,8 @@ def select_blocks(
         on_progress: called with every bit of progress.
 
     Raises:
-        PlanError: the model is a U-Net, whose first and last blocks cannot be skipped.
+        PlanError: the model is a U-Net, whose first and last blocks cannot be skipped, or cannot work at the resolution or
+            with so many steps.
         FileFormatError: the beginning of another search lies beside `out`, or a LoRA does not fit the model.
         Interrupted: on Ctrl-C; what is measured is kept.
     """
@@ -81,6 +82,9 @@ def select_blocks(
     if issubclass(folder.family.adapter, SkipConnected):
         msg = f"{folder.name} is a U-Net: it skips its middle, and there is no split of first and last blocks to search for."
         raise PlanError(msg)
+    side = folder.native_resolution if resolution is None else resolution
+    check_side(folder, side)
+    check_steps(folder, steps)
     selection = Selection(
         model=folder.name,
         fingerprint=folder.fingerprint(),
@@ -88,7 +92,7 @@ def select_blocks(
         embedder=embedder,
         steps=steps,
         guidance=folder.family.guidance if guidance is None else guidance,
-        resolution=resolution or folder.native_resolution,
+        resolution=side,
         seeds=tuple(seeds),
         models=tuple(
             Measured(name=one.name, lora=file_sha256(find_result(one.lora)), prompts=one.prompts) for one in personalized
@@ -101,7 +105,7 @@ def select_blocks(
             msg = f"{partial} is the beginning of another search. Delete it, or choose another --out."
             raise FileFormatError(msg)
         selection = begun
-    search = _Search(folder, selection, partial, embed, torch.device(device or default_device()), on_progress)
+    search = _Search(folder, selection, partial, embed, device_named(device), on_progress)
     try:
         for number, one in enumerate(personalized):
             search.measure(number, find_result(one.lora))
