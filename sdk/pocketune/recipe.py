@@ -13,8 +13,14 @@ from pocketune.errors import RecipeError
 
 _BY_BACKPROP = ("backprop", "mixed")
 _MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("cache_limit_mb", "skip", ()),
+    ("cache_limit_mb", "use_residuals", (True,)),
     ("zo_", "gradient", ("zeroth_order", "mixed")),
+    ("zo_", "mix_largest", ()),
     ("mix_", "gradient", ("mixed",)),
+    ("mix_start", "mix_largest", ()),
+    ("mix_end", "mix_largest", ()),
+    ("mix_width", "mix_largest", ()),
     ("low_resolution", "gradient", ("mixed",)),
     ("learning_rate", "gradient", _BY_BACKPROP),
     ("learning_rate", "method", ("lora", "token")),
@@ -30,6 +36,7 @@ _MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("token", "method", ("token",)),
     ("subspace_", "method", ("token",)),
     ("subspace_", "gradient", ("zeroth_order",)),
+    ("subspace_noise", "subspace_steps", ()),
     ("quantizer", "weight_bits", (4, 8)),
     ("class_images", "class_prompt", ()),
     ("prior_loss_weight", "class_prompt", ()),
@@ -37,7 +44,8 @@ _MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("mode_scale", "weighting_scheme", ("mode",)),
 )
 """Fields by the beginning of their names, the setting that they depend on, and its values with which they have an effect; none
-named: any value that is given."""
+named: any but those of `_OFF`. A setting without effect decides nothing."""
+_OFF = (None, 0, "none")
 _RATES = {"learning_rate": "Zeroth-order steps have zo_learning_rate, scales have scale_learning_rate."}
 
 
@@ -96,8 +104,14 @@ class Recipe(BaseModel):
     logit_mean: float = 0.0
     logit_std: float = Field(default=1.0, gt=0)
     mode_scale: float = 1.29
-    timestep_low: int = Field(default=0, ge=0, lt=1000, description="Least noisy training timestep, of 1000.")
-    timestep_high: int = Field(default=1000, gt=0, le=1000, description="Noisiest training timestep.")
+    timestep_low: int = Field(
+        default=0,
+        ge=0,
+        lt=1000,
+        description="Where the least noisy training timesteps begin, in thousandths of the noise schedule before its shift: "
+        "with a shift of 3, 500 is timestep 750.",
+    )
+    timestep_high: int = Field(default=1000, gt=0, le=1000, description="Where the noisiest ones end.")
     precondition_outputs: bool = Field(default=True, description="Compare clean latents (EDM preconditioning), not velocities.")
 
     gradient: Literal["backprop", "zeroth_order", "mixed"] = Field(
@@ -109,9 +123,9 @@ class Recipe(BaseModel):
         default=None, ge=16, description="Side of the images that mixed training backpropagates on; default: half."
     )
     mix_start: float = Field(
-        default=1.2, description="Noise, 0 to 1, at which both kinds of step are equally likely at first; above 1: nowhere."
+        default=1.2, description="Noise, 0 to 1, at which zeroth order has half of mix_largest at first; above 1: nowhere."
     )
-    mix_end: float = Field(default=0.4, description="Noise at which both kinds of step are equally likely in the end.")
+    mix_end: float = Field(default=0.4, description="Noise at which it has half of mix_largest in the end.")
     mix_width: float = Field(default=0.1, gt=0, description="How gradually zeroth order takes over with rising noise.")
     mix_largest: float = Field(default=1.0, ge=0, le=1, description="Largest probability of a zeroth-order step.")
     zo_learning_rate: float = Field(default=1e-4, gt=0, description="Of zeroth-order steps.")
@@ -239,9 +253,13 @@ class Recipe(BaseModel):
 
     def why_without_effect(self, name: str) -> str | None:
         """Because of which other setting a field cannot have an effect, as a sentence; None: it can."""
+        if name == "refresh_every" and self.refresh_every is not None and self.refresh_every >= self.steps:
+            return f"refresh_every has no effect while steps is {self.steps}. Set more steps, or leave refresh_every out."
         for prefix, setting, wanted in _MATTERS:
+            if not name.startswith(prefix) or self.why_without_effect(setting):
+                continue
             value = getattr(self, setting)
-            if name.startswith(prefix) and (value not in wanted if wanted else value is None):
+            if value not in wanted if wanted else value in _OFF:
                 change = f"{setting} to {' or '.join(map(str, wanted))}" if wanted else setting
                 msg = f"{name} has no effect while {setting} is {value}. Set {change}, or leave {name} out."
                 return f"{msg} {_RATES[name]}" if name in _RATES else msg

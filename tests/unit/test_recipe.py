@@ -90,6 +90,14 @@ def test_fault_names_the_field(field, value):
         ({"prior_loss_weight": 0.5}, "class_prompt"),
         ({"weighting_scheme": "none", "logit_mean": 0.5}, "logit_mean"),
         ({"mode_scale": 1.0}, "weighting_scheme to mode"),
+        ({"cache_limit_mb": 100}, "Set skip, or leave cache_limit_mb out"),
+        ({"skip": "0-1", "use_residuals": False, "cache_limit_mb": 100}, "use_residuals to True"),
+        ({"gradient": "mixed", "mix_largest": 0.0, "zo_queries": 2}, "Set mix_largest, or leave zo_queries out"),
+        ({"gradient": "mixed", "mix_largest": 0.0, "mix_start": 0.5}, "mix_largest"),
+        ({"gradient": "mixed", "mix_largest": 0.0, "mix_end": 0.5}, "mix_largest"),
+        ({"gradient": "mixed", "mix_largest": 0.0, "mix_width": 0.5}, "mix_largest"),
+        ({"method": "token", "gradient": "zeroth_order", "subspace_noise": 0.1}, "Set subspace_steps"),
+        ({"skip": "0-1", "steps": 20, "refresh_every": 20}, "Set more steps, or leave refresh_every out"),
     ],
 )
 def test_fields_without_effect_are_refused(values, words):
@@ -98,6 +106,22 @@ def test_fields_without_effect_are_refused(values, words):
     kept = Recipe.relevant({"instance_prompt": PROMPT} | values)
     assert len(kept) == len(values)  # all but the last
     assert Recipe.create(**kept)
+
+
+def test_a_setting_without_effect_decides_nothing():
+    """As in records of versions that let more pass."""
+    values = {"instance_prompt": PROMPT, "gradient": "zeroth_order", "mix_largest": 0.0, "zo_queries": 2}
+    assert Recipe.relevant(values).keys() == values.keys() - {"mix_largest"}
+
+
+def test_what_turns_an_effect_on_lets_the_field_pass():
+    for values in (
+        {"skip": "0-1", "cache_limit_mb": 100},
+        {"gradient": "mixed", "mix_largest": 0.5, "zo_queries": 2, "mix_start": 0.5},
+        {"method": "token", "gradient": "zeroth_order", "subspace_steps": 4, "subspace_noise": 0.1},
+        {"skip": "0-1", "steps": 20, "refresh_every": 19},
+    ):
+        assert Recipe.create(instance_prompt=PROMPT, **values)
 
 
 def test_a_change_is_validated_and_keeps_what_was_given():

@@ -1,9 +1,11 @@
 """Settings from fastest to cheapest. None of them changes what is asked for: what is learned, from what, and how long.
 
+Two change results a little: with `optimizer_in_backward` gradients are clipped block by block, and a VAE that works in tiles
+gives slightly other latents and images.
+
 Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers. Nor
-are packed weights streamed: on disk 4 bits share scales in groups and small weights stay whole, which
-are other numbers. Where a word is
-tuned, weights stay in memory too.
+are packed weights streamed: on disk 4 bits share scales in groups and small weights stay whole, which are other numbers. Where
+a word is tuned, weights stay in memory too.
 """
 
 from __future__ import annotations

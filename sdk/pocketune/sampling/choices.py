@@ -35,11 +35,11 @@ class Asked(Protocol):
 
     @property
     def mix_start(self) -> float:
-        """The noise at which both kinds are equally likely at the first step."""
+        """The noise at which the probability of zeroth order is half of the largest, at the first step."""
 
     @property
     def mix_end(self) -> float:
-        """The noise at which both kinds are equally likely after the last step."""
+        """The same after the last step."""
 
     @property
     def mix_width(self) -> float:
