@@ -83,7 +83,7 @@ def check_lora_loads(pipeline: Any, path: Path) -> None:
     """Load the file into a stock pipeline and compare every tensor with what arrived in the model.
 
     Raises:
-        NoEffectError: a key was ignored, or the adapter is all zeros.
+        NoEffectError: a tensor was ignored or arrived as another one, or the adapter is all zeros.
     """
     stored = load_file(path)
     load_lora(pipeline, path, name="check")
@@ -95,6 +95,11 @@ def check_lora_loads(pipeline: Any, path: Path) -> None:
         msg = (
             f"diffusers ignored {len(ignored)} of {len(stored)} tensors of {path}, the first {ignored[0]}. Please report this."
         )
+        raise NoEffectError(msg)
+    changed = [name for name, tensor in stored.items() if not torch.equal(arrived[name].cpu(), tensor.to(arrived[name].dtype))]
+    if changed:
+        many = f"{len(changed)} of {len(stored)}"
+        msg = f"{many} tensors of {path} arrived with other values, the first {min(changed)}. Please report this."
         raise NoEffectError(msg)
     if not any(bool(tensor.any()) for name, tensor in stored.items() if "lora_B" in name):
         msg = (

@@ -12,12 +12,15 @@ from PIL import Image
 
 from pocketune.allocator import return_freed_memory
 from pocketune.errors import PlanError, RecipeError, first_line
+from pocketune.models.family import Family
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.recipe import Recipe
-from pocketune.tuning import find_result, method_of
+from pocketune.tuning import find_result, method_of, trained_dtype
 from pocketune.weights.fill import Residence
 
 BATCH = 4
+BFLOAT16_CAPABILITY = 8
+"""Least compute capability of NVIDIA GPUs that have bfloat16; older ones emulate it."""
 
 
 def generate(
@@ -64,7 +67,7 @@ def generate(
     if streamed:
         return_freed_memory()
     pipeline = folder.pipeline(
-        dtype=torch.float32 if torch_device.type == "cpu" else torch.float16,
+        dtype=sampling_dtype(folder.family, torch_device, result=path),
         device=torch_device,
         weights=Residence(streamed=streamed),
         latent_side=side // folder.vae_scale,
@@ -88,6 +91,24 @@ def shown_prompts(recipe: Recipe) -> tuple[str, ...]:
     """Of the images before and after: those that the recipe names, or a few with the subject in several places."""
     places = ("", " on grass", " at the beach", " in snow")
     return recipe.sample_prompts or tuple(f"{recipe.instance_prompt}{place}" for place in places)
+
+
+def sampling_dtype(family: Family, device: torch.device, *, result: Path | None = None) -> torch.dtype:
+    """The type to sample in: float32 on a CPU, and on a GPU that of the training, or else the safest one of 16 bits.
+
+    Args:
+        family: of the model.
+        device: where it runs.
+        result: what the model gets, if anything.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    trained = None if result is None else trained_dtype(result)
+    if trained is not None:
+        return trained
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    return torch.float32 if family.overflows_in_float16 else torch.float16
 
 
 def check_side(folder: ModelFolder, resolution: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from pocketune.delta import check_lora_loads, load_lora, save_lora, trained_norms
 from pocketune.errors import FileFormatError, first_line, reading
+from pocketune.jsonfile import read_object
 from pocketune.methods.base import Tuned, TuningMethod
 from pocketune.methods.lora import add_lora
 from pocketune.methods.scales import ScalesMethod
@@ -17,7 +19,7 @@ from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
-from pocketune.runfolder import LORA_FILE, METHOD_KEY
+from pocketune.runfolder import LORA_FILE, METHOD_KEY, RECORD_FILE
 
 
 class LoraMethod:
@@ -44,6 +46,9 @@ class LoraMethod:
     def change(self, tuned: Tuned) -> dict[str, float]:
         """The norm of each up-projection."""
         return trained_norms(tuned.parameters)
+
+    def prepare(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Nothing: a fresh LoRA is the identity."""
 
     def check(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:  # noqa: ARG002
         """Load the file and compare every tensor with what arrived."""
@@ -82,6 +87,22 @@ def find_result(path: str | Path) -> Path:
                 return candidate
     msg = f"no LoRA at {path}: expected a .safetensors file, or a folder (or RUN) that holds {LORA_FILE.name}."
     raise FileFormatError(msg)
+
+
+def trained_dtype(path: Path) -> torch.dtype | None:
+    """The type that a result was trained in, as its RUN says; None where it lies in no RUN.
+
+    Raises:
+        FileFormatError: the record of the run is damaged.
+    """
+    if path.parts[-2:] not in {method.result.parts for method in METHODS.values()}:
+        return None
+    record = path.parent.parent / RECORD_FILE
+    recipe = read_object(record).get("recipe") if record.is_file() else None
+    name = recipe.get("dtype") if isinstance(recipe, dict) else None
+    known = get_args(Recipe.model_fields["dtype"].annotation)
+    found: torch.dtype | None = getattr(torch, str(name)) if name in known else None
+    return found
 
 
 def method_of(path: Path) -> TuningMethod:

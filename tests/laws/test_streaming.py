@@ -274,6 +274,8 @@ def test_half_precision_is_that_of_the_resident_pipeline(
         prompt = ["a photo of a toy"]
         images += run_pipeline(pipeline, folder, prompt, seeds=[0], steps=2, guidance=2.0, resolution=64)
     assert not {name: kind for name, kind in types[0].items() if types[1].get(name) != kind}
+    of_vae = {kind for (part, _), kind in types[0].items() if part == "vae"}
+    assert of_vae == {torch.float32 if name == "sana" else torch.bfloat16}
     resident, streamed = (torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() for image in images)
     torch.testing.assert_close(streamed, resident, rtol=0, atol=HALF_PRECISION_PIXELS)
 

@@ -118,8 +118,9 @@ def samples_phase(
     passes = batch * folder.family.guided_passes
     inputs = shaped_batch(folder, adapter, whole, empty, samples=passes, side=side, tokens=text_tokens(folder))
     denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
-    vae, vae_buffer = _vae(folder, recipe, dtype=dtype_of(recipe))
-    latents = empty(batch, *inputs.latents.shape[1:]).to(dtype_of(recipe))
+    vae_dtype = folder.family.vae_dtype(dtype_of(recipe))
+    vae, vae_buffer = _vae(folder, recipe, dtype=vae_dtype)
+    latents = empty(batch, *inputs.latents.shape[1:]).to(vae_dtype)
     decoding = _pass(lambda: vae.decode(latents))
     encoders = [
         _bytes(_text_encoder(folder, part, dtype=dtype_of(recipe), streamed=streamed)[0], streamed=streamed)
@@ -134,7 +135,7 @@ def samples_phase(
             (
                 (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
                 ("trained parameters", trained_bytes, "the result"),
-                (VAE, vae_bytes, recipe.dtype + _where(streamed)),
+                (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
                 (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
                 (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),

@@ -191,4 +191,5 @@ SANA = Family(
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 4.5},
     vae=AutoencoderDC,
     vae_scale=32,
+    overflows_in_float16=True,
 )

@@ -80,6 +80,8 @@ class Family:
         timestep_divisor: by which the pipeline divides timesteps, 0 to 1000, before it calls the denoiser.
         vae: the autoencoder's class.
         vae_scale: image pixels along the side of a latent pixel, in published models; a folder's own configuration wins.
+        overflows_in_float16: whether text encoder or autoencoder do: images are then decoded in float32, whatever the type of
+            the denoiser.
         component: folder and attribute of the denoiser in the pipeline.
         variant: the `addition_embed_type` of the configuration, where models of one class differ in it.
         optional: parts that may be missing from the folder.
@@ -103,6 +105,7 @@ class Family:
     timestep_divisor: int = 1
     vae: Any = AutoencoderKL
     vae_scale: int = 8
+    overflows_in_float16: bool = False
     component: str = "transformer"
     variant: str = ""
     optional: tuple[str, ...] = ()
@@ -124,6 +127,10 @@ class Family:
     def flow_matching(self) -> bool:
         """Whether the model predicts a velocity of rectified flow; otherwise noise, or the v of a diffusion."""
         return self.noise is FlowMatchEulerDiscreteScheduler
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the autoencoder in a pipeline. dtype: of the denoiser."""
+        return torch.float32 if self.overflows_in_float16 else dtype
 
     @property
     def guidance(self) -> float:

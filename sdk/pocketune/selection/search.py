@@ -23,7 +23,7 @@ from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.masking import text_masked
 from pocketune.plan.selection import Measured, Selection
 from pocketune.progress import OnProgress, Progress, ignore
-from pocketune.sample import check_side, check_steps, device_named, run_pipeline
+from pocketune.sample import check_side, check_steps, device_named, run_pipeline, sampling_dtype
 from pocketune.selection.report import write_selection_report
 from pocketune.tuning import find_result, method_of
 from pocketune.weights.files import file_sha256
@@ -134,7 +134,8 @@ class _Search:
         blocks, measured = self.selection.blocks, self.selection.models[number]
         if len(measured.first) == len(measured.last) == blocks:
             return
-        pipeline = self.folder.pipeline(dtype=torch.float32 if self.device.type == "cpu" else torch.float16, device=self.device)
+        dtype = sampling_dtype(self.folder.family, self.device, result=lora)
+        pipeline = self.folder.pipeline(dtype=dtype, device=self.device)
         method_of(lora).apply(pipeline, lora, self.folder)
         adapter: DenoiserAdapter = self.folder.family.adapter(getattr(pipeline, self.folder.family.component))
         whole = self._embedded(pipeline, adapter, measured, ())
