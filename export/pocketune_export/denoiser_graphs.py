@@ -65,7 +65,7 @@ class DenoiserGraphs:
         self.layout = layout_of(parameters, without=self.untouched)
         take_out(self._model, self.untouched)
         for index in self._plan.kept:
-            if any(name.startswith(adapter.block_name(index) + ".") for name in self.untouched):
+            if any(name.startswith(self._prefixes(index)) for name in self.untouched):
                 self._blocks[index] = self._capture_forward(index)
 
     @property
@@ -152,7 +152,7 @@ class DenoiserGraphs:
         return captures
 
     def _capture_forward(self, index: int) -> Capture:
-        part, _, _ = self.layout.part(self._adapter.block_name(index))
+        part, _, _ = self.layout.part(self._prefixes(index))
         entering = self._entering[index]
 
         def forward(given: Named) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class DenoiserGraphs:
             alive: those of the streams that the block makes on which the loss depends.
             first: whether nothing before it trains, so that no gradient is passed on.
         """
-        part, _, _ = self.layout.part(self._adapter.block_name(index))
+        part, _, _ = self.layout.part(self._prefixes(index))
         taken = {given.name for given in self._blocks[index].inputs}
         entering = [name for name in self._entering[index] if name in taken]
         outs = {out.name: out for out in self._blocks[index].outputs if out.name.removeprefix("new_") in alive}
@@ -281,12 +281,16 @@ class DenoiserGraphs:
         return context_of(given, height=self._sizes.latents[1], width=self._sizes.latents[2])
 
     def _slice(self, index: int) -> tuple[int, int] | None:
-        part, start, stop = self.layout.part(self._adapter.block_name(index))
+        part, start, stop = self.layout.part(self._prefixes(index))
         return (start, stop) if part.slots else None
+
+    def _prefixes(self, index: int) -> tuple[str, ...]:
+        """Of the names of a block's parameters."""
+        return tuple(f"{part}." for part in self._adapter.block_parts(index))
 
     def _outer(self, *, before: bool) -> tuple[Layout, tuple[int, int] | None]:
         """What trains before the blocks or behind them, and its slice, if anything does."""
-        names = [f"{self._adapter.block_name(index)}." for index in range(self._adapter.block_count)]
+        names = [name for index in range(self._adapter.block_count) for name in self._prefixes(index)]
         part, start, stop = self.layout.beside(names, before=before)
         return part, (start, stop) if part.slots else None
 

@@ -32,7 +32,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parameters that train, in their order in the model, without gaps."""
+    """The parameters that train, those of a block together, without gaps."""
 
     slots: tuple[Slot, ...]
 
@@ -56,18 +56,21 @@ class Layout:
             return Layout(()), 0, 0
         return _moved(self.slots[: inside[0]] if before else self.slots[inside[-1] + 1 :])
 
-    def part(self, prefix: str) -> tuple[Layout, int, int]:
+    def part(self, prefixes: Sequence[str]) -> tuple[Layout, int, int]:
         """The layout of one block alone, starting at 0, and its slice [start, stop) of the whole vector.
+
+        Args:
+            prefixes: of the block's parameters.
 
         Raises:
             PlanError: the block's parameters are not neighbours.
         """
-        chosen = [slot for slot in self.slots if slot.name.startswith(prefix + ".")]
+        chosen = [slot for slot in self.slots if slot.name.startswith(tuple(prefixes))]
         if not chosen:
             return Layout(()), 0, 0
         start, stop = chosen[0].start, chosen[-1].stop
         if sum(slot.stop - slot.start for slot in chosen) != stop - start:
-            msg = f"the parameters of {prefix} are not neighbours in the model. Please report this model."
+            msg = f"the parameters of {', '.join(prefixes)} are not neighbours. Please report this model."
             raise PlanError(msg)
         return _moved(chosen)
 

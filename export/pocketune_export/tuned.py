@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class Trained:
     """What trains.
 
     Attributes:
-        parameters: by name, in the order of the model; of one interval of timesteps, where there are several.
+        parameters: by name, in the order of the blocks; of one interval of timesteps, where there are several.
         path: of the start values in a bundle, and of the result in a RUN folder.
         content: the file of start values.
         lora: of LoRA, its settings.
@@ -71,7 +72,8 @@ def attach(
     Raises:
         RecipeError: nothing trains.
     """
-    return _scales(adapter, plan, recipe, weights, packing) if recipe.method == "scales" else _lora(adapter, plan, recipe)
+    trained = _scales(adapter, plan, recipe, weights, packing) if recipe.method == "scales" else _lora(adapter, plan, recipe)
+    return replace(trained, parameters=by_block(adapter, trained.parameters))
 
 
 def _lora(adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe) -> Trained:
@@ -151,5 +153,19 @@ def describe(trained: Trained, adapter: DenoiserAdapter, layout: Layout, recipe:
 
 
 def _block_of(adapter: DenoiserAdapter, name: str) -> int | None:
-    blocks = (index for index in range(adapter.block_count) if name.startswith(adapter.block_name(index) + "."))
-    return next(blocks, None)
+    for index in range(adapter.block_count):
+        if name.startswith(tuple(f"{part}." for part in adapter.block_parts(index))):
+            return index
+    return None
+
+
+def by_block(adapter: DenoiserAdapter, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What lies before the blocks in the model, what lies in each, and the rest; in a U-Net a block's parts lie apart."""
+    blocks = {name: _block_of(adapter, name) for name in parameters}
+    before = set(takewhile(lambda name: blocks[name] is None, parameters))
+
+    def place(name: str) -> int:
+        block = blocks[name]
+        return (-1 if name in before else adapter.block_count) if block is None else block
+
+    return {name: parameters[name] for name in sorted(parameters, key=place)}

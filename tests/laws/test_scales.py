@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -12,9 +13,10 @@ import pocketune.weights.layers as layers
 from pocketune import Recipe, personalize
 from pocketune.errors import FileFormatError, PlanError
 from pocketune.inspection import inspect
-from pocketune.methods.scales import add_scales, intervals_of, load_scales, merge, packed_layers
+from pocketune.methods.scales import add_scales, intervals_of, load_scales, merge, packed_layers, trained_layers
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder
+from pocketune.plan.blocks import parse_plan
 from pocketune.sample import generate
 from pocketune.weights.layers import PackedConv2d, PackedLayer, PackedLinear, Scales
 from pocketune.weights.quantizers import Quantization
@@ -157,23 +159,38 @@ def test_hqq_has_smaller_errors_on_normal_weights(bits: int) -> None:
 
 
 def test_merged_equals_applied(tiny_model: ModelFolder) -> None:
-    """An ordinary model with the weights of an interval computes what the packed one does within it."""
-    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, quantization=Quantization(4))
-    selected = add_scales(adapter.model, packed_layers(adapter.model), intervals=2, inputs=True)
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(adapter.model.named_parameters()):
-            if ".scales." in name:
-                parameter.add_(0.05 * numbers(*parameter.shape, seed=number))
-    batch = make_batch()
+    """For each interval, an ordinary model with its weights computes what the packed one does within it."""
+    batch, found = make_batch(), []
     for interval in (0, 1):
-        selected.rows = (interval,)
+        adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, quantization=Quantization(4))
+        selected = add_scales(adapter.model, packed_layers(adapter.model), intervals=2, inputs=True)
         with torch.no_grad():
+            for number, (name, parameter) in enumerate(adapter.model.named_parameters()):
+                if ".scales." in name:
+                    parameter.add_(0.05 * numbers(*parameter.shape, seed=number))
+            selected.rows = (interval,)
             applied = denoise(adapter, batch.noisy, batch.timesteps, batch.prompt)
-    merge(adapter.model, 1)
-    assert packed_layers(adapter.model) == []
-    with torch.no_grad():
-        merged = denoise(adapter, batch.noisy, batch.timesteps, batch.prompt)
-    torch.testing.assert_close(merged, applied, rtol=0, atol=SCALES_MERGED)
+            merge(adapter.model, interval)
+            assert packed_layers(adapter.model) == []
+            found.append(denoise(adapter, batch.noisy, batch.timesteps, batch.prompt))
+        torch.testing.assert_close(found[-1], applied, rtol=0, atol=SCALES_MERGED)
+    assert (found[0] - found[1]).abs().max() > 100 * SCALES_MERGED
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_scales_of_all_that_is_left_of_a_hollowed_unet_train(tiny_pipelines: Callable[[str], ModelFolder], name: str) -> None:
+    """Residual layers and samplers of kept blocks among them, whether the skipped blocks are gone or not."""
+    model = tiny_pipelines(name)
+    plan = parse_plan("2-6", model.block_count)
+    left, whole = (
+        model.load_denoiser(dtype=torch.float32, device=CPU, blocks=blocks, quantization=Quantization(8))
+        for blocks in (plan.kept, None)
+    )
+    inside = ("down_blocks.", "mid_block.", "up_blocks.")
+    expected = [layer for layer in packed_layers(left.model) if layer.startswith(inside)]
+    assert trained_layers(left, plan, packed_layers(left.model)) == expected
+    assert trained_layers(whole, plan, packed_layers(whole.model)) == expected
+    assert all(any(kind in layer for layer in expected) for kind in ("resnets", "attentions", "downsamplers", "upsamplers"))
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "sd15"])
@@ -202,6 +219,10 @@ def test_scales_personalize_sample_by_timestep_and_are_known(
     save_file(with_one_interval, other, metadata={**found.facts["metadata"]})
     (changed,) = generate(model, [prompt], lora=other, seeds=[1000], steps=2, guidance=recipe.guidance_scale)
     assert image.tobytes() != changed.tobytes()
+    save_file({key: torch.ones_like(value) for key, value in stored.items()}, other, metadata={**found.facts["metadata"]})
+    (neutral,) = generate(model, [prompt], lora=other, seeds=[1000], steps=2, guidance=record.recipe.guidance_scale)
+    with Image.open(tmp_path / "run" / record.samples[0].before) as before:  # what packing does is in both images of the pair
+        assert before.tobytes() == neutral.tobytes()
 
     folder = ModelFolder(name, model)
     denoiser = folder.load_denoiser(dtype=torch.float32, device=CPU).model

@@ -66,11 +66,20 @@ class TuningMethod(Protocol):
     def change(self, tuned: Tuned) -> dict[str, float]:
         """By name, how far each trained tensor is from doing nothing, 0 for not at all."""
 
+    def prepare(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Make a stock pipeline compute as the model does without what was learned, for the images before.
+
+        Args:
+            pipeline: changed in place.
+            path: of the result that was just written.
+            folder: of the model.
+        """
+
     def check(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
-        """Give a stock pipeline the result that was just written, and compare every tensor with what arrived.
+        """Give a pipeline that was prepared the result, and see that all of it arrives.
 
         Raises:
-            NoEffectError: some were ignored.
+            NoEffectError: some of it did not.
         """
 
     def apply(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:

@@ -11,13 +11,13 @@ parameters, so that AdamW leaves those that were not used alone. A batch may mix
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pocketune.atomic import replacing
@@ -80,9 +80,13 @@ class ScalesMethod:
         """The L2 distance of each tensor from ones."""
         return {name: float(torch.linalg.vector_norm(value.detach() - 1)) for name, value in tuned.parameters.items()}
 
+    def prepare(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Pack the denoiser and give it scales of one, so that what the images after show is not what packing does."""
+        prepare_scales(getattr(pipeline, folder.family.component), path, folder)
+
     def check(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
-        """Load the scales; a name or size that does not fit is refused in any case."""
-        self.apply(pipeline, path, folder)
+        """Write the scales into the denoiser; a name or size that does not fit is refused in any case."""
+        write_scales(getattr(pipeline, folder.family.component), load_file(path))
 
     def apply(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
         """Pack the pipeline's denoiser and give it the scales, which then follow the timestep of each call.
@@ -95,7 +99,7 @@ class ScalesMethod:
 
 def trained_layers(adapter: DenoiserAdapter, plan: BlockPlan, packed: Iterable[str]) -> list[str]:
     """Those of the packed layers whose scales train: of kept blocks, or all of them where nothing is skipped."""
-    kept = tuple(f"{adapter.block_name(index)}." for index in plan.kept)
+    kept = tuple(f"{part}." for index in plan.kept for part in adapter.block_parts(index))
     return [name for name in packed if not plan.skipped or name.startswith(kept)]
 
 
@@ -112,12 +116,22 @@ def metadata_of(recipe: Recipe, model: nn.Module, *, codes: str) -> dict[str, st
 
 
 def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
-    """Pack a denoiser as a file of scales says, and give it these scales, which then follow the timestep of each call.
+    """Pack a denoiser as a file of scales says, and give it these scales; arguments and the rest as of `prepare_scales`."""
+    selected, tensors = prepare_scales(model, path, folder)
+    write_scales(model, tensors)
+    return selected
+
+
+def prepare_scales(model: nn.Module, path: Path, folder: ModelFolder) -> tuple[Selected, dict[str, Tensor]]:
+    """Pack a denoiser as a file of scales says, and give it scales of one, which then follow the timestep of each call.
 
     Args:
         model: changed in place.
         path: of the scales.
         folder: of the model; codes are made from its own numbers, whatever the type that the model was loaded in.
+
+    Returns:
+        What selects among the scales, and those of the file, which fit.
 
     Raises:
         FileFormatError: as of `ScalesMethod.apply`, or the denoiser's weights are on disk.
@@ -152,11 +166,17 @@ def load_scales(model: nn.Module, path: Path, folder: ModelFolder) -> Selected:
     if {name: value.shape for name, value in found.items()} != {name: value.shape for name, value in tensors.items()}:
         msg = f"{path} has scales of other sizes than {type(model).__name__}. Use the model that it was trained on."
         raise FileFormatError(msg)
-    with torch.no_grad():
-        for name, parameter in found.items():
-            parameter.copy_(tensors[name]).requires_grad_(False)
+    for frozen in found.values():
+        frozen.requires_grad_(False)
     follow_timesteps(model, selected, intervals=intervals, divisor=folder.family.timestep_divisor)
-    return selected
+    return selected, tensors
+
+
+@torch.no_grad()
+def write_scales(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a denoiser that was prepared for them the values of its scales, by name."""
+    for name, parameter in _trained(model).items():
+        parameter.copy_(tensors[name])
 
 
 def add_scales(model: nn.Module, names: list[str], *, intervals: int, inputs: bool) -> Selected:

@@ -116,6 +116,9 @@ class TokenMethod:
             if isinstance(token, TunedToken)
         }
 
+    def prepare(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
+        """Nothing: the word has its own embedding."""
+
     def check(self, pipeline: Any, path: Path, folder: ModelFolder) -> None:
         """Load the rows; one that does not fit is refused in any case."""
         self.apply(pipeline, path, folder)

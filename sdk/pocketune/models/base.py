@@ -85,7 +85,10 @@ class DenoiserAdapter(Protocol):
         """Latent pixels along a token's side."""
 
     def block_name(self, index: int) -> str:
-        """The block's prefix in the model's state dict, as "transformer_blocks.3"."""
+        """The prefix in the model's state dict of the part that LoRA is for, as "transformer_blocks.3"."""
+
+    def block_parts(self, index: int) -> tuple[str, ...]:
+        """The prefixes of all that runs in the block and nowhere else."""
 
     def remove_block(self, index: int) -> None:
         """Take a block's weights out of the model; running that block is then an error."""

@@ -80,6 +80,10 @@ class FluxAdapter:
         doubles = len(self._double)
         return f"transformer_blocks.{index}" if index < doubles else f"single_transformer_blocks.{index - doubles}"
 
+    def block_parts(self, index: int) -> tuple[str, ...]:
+        """The prefix of the one module that is the block."""
+        return (self.block_name(index),)
+
     def remove_block(self, index: int) -> None:
         """Replace a block by a placeholder without weights."""
         blocks, position = self._place(index)

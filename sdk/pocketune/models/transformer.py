@@ -32,6 +32,10 @@ class TransformerAdapter:
         """The block's prefix in the state dict."""
         return f"transformer_blocks.{index}"
 
+    def block_parts(self, index: int) -> tuple[str, ...]:
+        """The prefix of the one module that is the block."""
+        return (self.block_name(index),)
+
     def remove_block(self, index: int) -> None:
         """Replace a block by a placeholder without weights."""
         self._blocks[index] = RemovedBlock()

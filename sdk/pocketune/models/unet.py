@@ -110,6 +110,16 @@ class UNetAdapter:
         has_attention = hasattr(self.model.get_submodule(layer.name), "attentions")
         return f"{layer.name}.{'attentions' if has_attention else 'resnets'}.{number}"
 
+    def block_parts(self, index: int) -> tuple[str, ...]:
+        """The layer's residual layer, its attention if it has one, and what ends its stage; or the whole middle block."""
+        layer = self._layers[index]
+        if layer.is_middle:
+            return (layer.name,)
+        stage = self.model.get_submodule(layer.name)
+        names = [name for name in ("resnets", "attentions") if hasattr(stage, name)]
+        parts = [f"{layer.name}.{name}.{layer.number}" for name in names]
+        return *parts, *((f"{layer.name}.{layer.resample}",) if layer.resample else ())
+
     def remove_block(self, index: int) -> None:
         """Replace a layer's modules by placeholders without weights."""
         layer = self._layers[index]

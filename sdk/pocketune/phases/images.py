@@ -63,8 +63,10 @@ def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
                 on_image=lambda done, _: job.watch.tell("samples", already + done, total, "image"),
             )
 
+        result = job.run / job.method.result
+        job.method.prepare(pipeline, result, job.folder)
         before = render(0)
-        job.method.check(pipeline, job.run / job.method.result, job.folder)
+        job.method.check(pipeline, result, job.folder)
         after = render(len(prompts))
     change = float(np.mean([_difference(a, b) for a, b in zip(before, after, strict=True)]))
     if change == 0.0:
