@@ -26,6 +26,8 @@ SEAL_FILE = "manifest.sha256"
 MAX_ELEMENTS = 2**40
 """Of a tensor, and the largest count anywhere."""
 MAX_PATH_CHARACTERS = 300
+MAX_MANIFEST_BYTES = 32 * 2**20
+"""Of a larger one, devices read nothing."""
 MAX_TIMESTEPS = 10_000
 """Of a noise schedule: the device makes a table of them."""
 MAX_TOKENS = 2**16
@@ -48,6 +50,8 @@ Role = Literal[
     "vae_decoder",
 ]
 
+_SMALLEST_VALUE_BYTES = 2
+"""Of start values: half precision."""
 _FLAT = frozenset({"parameters", "exp_avg", "exp_avg_sq", "gradients", "new_parameters", "new_exp_avg", "new_exp_avg_sq"})
 
 
@@ -148,7 +152,11 @@ def graph_faults(manifest: Manifest) -> Iterable[str]:
 
 
 def size_faults(manifest: Manifest) -> Iterable[str]:
-    """The sizes that the device makes its inputs of are those that graphs take."""
+    """The sizes that the device makes its inputs of are those that graphs take, and there are values for all that trains."""
+    elements = sum(math.prod(parameter.shape) for parameter in manifest.tuned.parameters)
+    values = sum(file.bytes for file in manifest.files if file.path == manifest.tuned.initial) // _SMALLEST_VALUE_BYTES
+    if elements > values:
+        yield f"its parameters have {elements} elements, of which {manifest.tuned.initial} can hold {values}"
     shapes = {(graph.name, spec.name): spec.shape for graph in manifest.graphs for spec in graph.inputs}
     batch = manifest.batch
     embed = next((graph.name for graph in manifest.graphs if graph.role == "embed"), "embed")

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from pocketune.memory import read_memory
 from pocketune.progress import OnProgress, Progress
-from pocketune_edge.agreement import MANIFEST_FILE, SEAL_FILE
+from pocketune_edge.agreement import MANIFEST_FILE, MAX_MANIFEST_BYTES, SEAL_FILE
 from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Graph, Manifest
 from pocketune_edge.onnxfile import GraphFile, move_weights, read_graph_file
-from pocketune_edge.reading import MAX_MANIFEST_BYTES, read_manifest
+from pocketune_edge.reading import read_manifest
 from pocketune_edge.storage import Archive, Place, Storage, open_storage, real_path
 from pocketune_edge.wire import WireError
 
@@ -73,9 +73,14 @@ def open_bundle(path: str | Path, *, on_bytes: OnBytes | None = None) -> Bundle:
 
     Raises:
         BundleError: it is missing, damaged, incomplete, contradicts itself, of a newer schema, for another runtime, or asks for
-            anything beyond plain operators and its own weights.
+            anything beyond plain operators and its own weights; or its path is not UTF-8.
     """
     path = real_path(Path(path))
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        msg = f"the bundle's path {str(path)!r} is not UTF-8, which the runtime cannot open. Rename the bundle or its folder."
+        raise BundleError(msg) from error
     storage = open_storage(path)
     try:
         content = _sealed_manifest(path, storage)

@@ -6,6 +6,7 @@ import json
 
 from pocketune.units import readable_size
 from pocketune_edge.agreement import (
+    MAX_MANIFEST_BYTES,
     SCHEMA_MINOR,
     SCHEMA_VERSION,
     graph_faults,
@@ -17,8 +18,6 @@ from pocketune_edge.agreement import (
 from pocketune_edge.errors import BundleError
 from pocketune_edge.manifest import Manifest
 from pocketune_edge.strict import MisfitError, read
-
-MAX_MANIFEST_BYTES = 32 * 2**20
 
 
 def read_manifest(content: bytes, where: str) -> Manifest:

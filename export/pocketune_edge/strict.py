@@ -126,10 +126,21 @@ def _read_plain(kind: Any, data: Any, where: tuple[str, ...]) -> Any:
         number = float(data) if abs(data) < 2**1023 else math.inf
         if math.isfinite(number):
             return number
-    elif type(data) is kind:
+    elif type(data) is kind and (kind is not str or _is_unicode(data)):
         return data
     wanted = "an object" if get_origin(kind) is dict else f"a {kind.__name__}"
+    if kind is str and isinstance(data, str):
+        wanted = "text that UTF-8 can write"
     raise MisfitError(_at(where, f"expected {wanted}, got {_short(data)}"))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON and a terminal's stray bytes can bring halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pocketune_edge.bundle import Bundle
-from pocketune_edge.errors import BundleError
+from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.manifest import Manifest, TextEncoder
 from pocketune_edge.session import Array, Sessions, Values
 
@@ -27,9 +27,16 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
 
     Raises:
         BundleError: a tokenizer is damaged.
+        SettingError: a prompt is not UTF-8.
     """
     manifest = sessions.bundle.manifest
     distinct = list(dict.fromkeys(prompts))
+    for prompt in distinct:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            msg = f"the prompt {prompt[:80]!r} is not UTF-8 text. Check what the terminal sends."
+            raise SettingError(msg) from error
     found: dict[str, dict[str, Array]] = {prompt: {} for prompt in distinct}
     for encoder in manifest.text_encoders:
         graphs = manifest.named(encoder.graphs)

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pocketune.atomic import replacing
-from pocketune.errors import RunError
+from pocketune.errors import PlanError, RunError
 from pocketune.weights.files import file_sha256
-from pocketune_edge.agreement import MANIFEST_FILE, SEAL_FILE
+from pocketune_edge.agreement import MANIFEST_FILE, MAX_MANIFEST_BYTES, SEAL_FILE
 from pocketune_export.manifest import File, Manifest
 from pocketune_export.weights import ALIGNMENT
 
@@ -73,8 +73,18 @@ def new_folder(out: Path, *, finish: Callable[[Path, Path], object] = Path.renam
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and its hash into a bundle folder."""
+    """Write the manifest and its hash into a bundle folder.
+
+    Raises:
+        PlanError: the manifest is larger than devices read.
+    """
     content = manifest.to_json()
+    if len(content) > MAX_MANIFEST_BYTES:
+        msg = (
+            f"the manifest of this bundle has {len(content)} bytes, devices read at most {MAX_MANIFEST_BYTES}: it lists "
+            "every tensor that trains. Train fewer blocks, or fewer intervals of scales."
+        )
+        raise PlanError(msg)
     (folder / MANIFEST_FILE).write_bytes(content)
     (folder / SEAL_FILE).write_bytes(f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}\n".encode())
 

@@ -138,7 +138,7 @@ class BundleWriter:
         """Close the weight files and write the manifest; points: where a zeroth-order step measures the loss, else 1.
 
         Raises:
-            PlanError: the block divides no row of a quantized matrix.
+            PlanError: the block divides no row of a quantized matrix, or the manifest is larger than devices read.
         """
         if self._store.block is not None and not self._store.blocked:
             msg = (

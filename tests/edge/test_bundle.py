@@ -1,6 +1,7 @@
 """Bundles are checked before anything in them is used; sound ones run alike from a folder and from an archive."""
 
 import json
+import os
 import random
 import shutil
 import zipfile
@@ -77,6 +78,18 @@ def test_a_link_to_a_bundle_is_as_good_as_the_bundle(sound: Path, tmp_path: Path
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(BundleError, match="circle"):
         open_bundle(tmp_path / "circle")
+
+
+def test_a_path_that_the_runtime_cannot_open_is_refused(sound: Path, tmp_path: Path) -> None:
+    """In a folder or as a file; names of files are bytes on Linux."""
+    place = tmp_path / os.fsdecode(b"b\xff")
+    try:
+        shutil.copytree(sound, place)
+    except OSError:
+        pytest.skip("names of files are text here")
+    for path in (place, pack(sound, place.with_suffix(".ptb"))):
+        with pytest.raises(BundleError, match="is not UTF-8"):
+            open_bundle(path)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pocketune.runfolder import run_fingerprint
 from pocketune_edge.bundle import open_bundle
-from pocketune_edge.errors import BundleError
+from pocketune_edge.errors import BundleError, SettingError
 from pocketune_edge.reading import read_manifest
 from pocketune_edge.settings import settings_of
 from pocketune_export.manifest import Manifest
@@ -34,9 +34,19 @@ def changed(path: str, value: Any) -> Change:
     return change
 
 
+def terabytes(manifest: dict[str, Any]) -> None:
+    """Parameters that add up, but of which the start values hold next to none."""
+    tuned = manifest["tuned"]
+    for parameter, offset in zip(tuned["parameters"], (0, 2**38), strict=True):
+        parameter |= {"shape": [2**19, 2**19], "offset": offset}
+    tuned["flat_elements"] = 2**39
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (terabytes, r"549755813888 elements, of which lora/start\.safetensors can hold"),
+        (changed("model.name", "toy \udcff"), "expected text that UTF-8 can write, got 'toy .udcff'"),
         (changed("schema_version", 2), "schema version 2; this Pocketune reads up to 1. Update"),
         (changed("schema_minor", 2), r"schema version 1\.2; this Pocketune reads up to 1\.1\. Update"),
         (changed("backend", "other"), "expected one of onnx, got 'other'"),
@@ -72,6 +82,12 @@ def test_a_manifest_that_lies_is_refused(bundle: Path, change: Change, message: 
     seal(bundle, manifest, list_files=False)
     with pytest.raises(BundleError, match=message):
         open_bundle(bundle)
+
+
+def test_a_setting_that_is_no_text_is_refused(sound: Path) -> None:
+    """A terminal of another encoding sends such bytes."""
+    with pytest.raises(SettingError, match="instance_prompt: expected text that UTF-8 can write"):
+        settings_of(open_bundle(sound).manifest, {"instance_prompt": "a \udcff toy"})
 
 
 def test_a_missing_field_is_refused(bundle: Path) -> None:
