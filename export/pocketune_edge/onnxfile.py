@@ -34,10 +34,12 @@ _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _NODE = Message(
     "a node", {3: Kind.TEXT, 4: Kind.TEXT, _NODE_DOMAIN: Kind.TEXT}, {1: Kind.TEXT, 2: Kind.TEXT, _NODE_ATTRIBUTE: Kind.BYTES}
 )
-_ATTRIBUTE_TENSOR = 5
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_TYPE = 5, 20
+_ATTRIBUTE_TYPES = (1, 2, 3, 4, 7)
+"""A float, an int, a string, a tensor, ints."""
 _ATTRIBUTE = Message(
     "an attribute",
-    {1: Kind.TEXT, 2: Kind.FLOAT, 3: Kind.INT64, 4: Kind.BYTES, _ATTRIBUTE_TENSOR: Kind.BYTES, 20: Kind.INT32},
+    {1: Kind.TEXT, 2: Kind.FLOAT, 3: Kind.INT64, 4: Kind.BYTES, _ATTRIBUTE_TENSOR: Kind.BYTES, _ATTRIBUTE_TYPE: Kind.INT32},
     {8: Kind.INT64},
 )
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 1, 2, 8, 9, 13, 14
@@ -165,6 +167,8 @@ def _check_node(message: memoryview) -> None:
             for part, inner in _ATTRIBUTE.read(value):
                 if part == _ATTRIBUTE_TENSOR and _read_tensor(inner) is not None:
                     _refuse("a node's attribute refers to another file")
+                if part == _ATTRIBUTE_TYPE and inner not in _ATTRIBUTE_TYPES:
+                    _refuse(f"a node's attribute has the type {inner}")
 
 
 def _read_tensor(message: memoryview) -> External | None:

@@ -110,6 +110,7 @@ HOSTILE = {
     "a size not in its shortest form": SOUND + b"\x12\x81\x00x",
     "metadata": SOUND + encoded(14, BYTES, encoded(1, BYTES, b"ort_config") + encoded(2, BYTES, b"{}")),
     "a graph inside a node": changed(SOUND, NODE, lambda node: node + encoded(5, BYTES, encoded(6, BYTES, b""))),
+    "a graph by its type alone": changed(SOUND, NODE, lambda node: node + encoded(5, BYTES, encoded(20, VARINT, 5))),
     "no shape": changed(SOUND, (7, 11, 2, 1), without(2)),
     "a symbolic side": changed(SOUND, (7, 11, 2, 1, 2, 1), lambda _: encoded(2, BYTES, b"n")),
     "a sequence": changed(SOUND, (7, 11, 2), lambda kind: kind + encoded(4, BYTES, b"")),
