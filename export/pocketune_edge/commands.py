@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pocketune.atomic import replacing
+from pocketune.atomic import check_writable, replacing
 from pocketune.memory import read_memory
 from pocketune.photos import numbered_images
 from pocketune.progress import Progress
@@ -55,6 +55,8 @@ def _personalize(given: argparse.Namespace) -> None:
 
 def _sample(given: argparse.Namespace) -> None:
     paths = numbered_images(given.out, len(given.prompt), suffixes=(".png",))
+    for path in paths:
+        check_writable(path)
     check_threads(given.threads)
     if given.lora is not None:
         find_result(given.lora, *RESULTS)  # what is missing is said before gigabytes are hashed

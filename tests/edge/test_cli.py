@@ -80,6 +80,7 @@ def test_a_resumed_phase_does_not_count_what_was_done_before() -> None:
         (["personalize", "B", "P", "--out", "taken"], "taken exists already"),
         (["personalize", "B", "P", "--out", "run", "--resume"], "no interrupted run"),
         (["sample", "B", "--prompt", "x", "--out", "x.gif"], "end in .png"),
+        (["sample", "nowhere", "--prompt", "x", "--out", "taken/file/x.png"], "is no folder"),
         (["sample", "B", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
         (["sample", "nowhere", "--prompt", "x", "--lora", "nowhere"], "no LoRA or scales at nowhere"),
         (["sample", "nowhere", "--prompt", "x", "--threads", "0"], "threads must be between"),

@@ -169,6 +169,7 @@ def test_quiet_prints_nothing(job: FakeJob) -> None:
         (["sample", "run", "--prompt", "a", "--out", "/dev/null/image.png"], "/dev/null is no folder"),
         (["sample", "x" * 5000, "--prompt", "a"], "File name too long"),
         (["select-blocks", "--out", "."], "it is a folder"),
+        (["select-blocks", "--out", "selection.html"], "where the page would go"),
         (["select-blocks", "--out", "/dev/null/selection.json"], "/dev/null is no folder"),
         (["inspect", "no-such-file"], "no-such-file"),
     ],

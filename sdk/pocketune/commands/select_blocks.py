@@ -12,6 +12,7 @@ from pocketune.atomic import check_writable
 from pocketune.commands.failures import clear_errors, needing_extra
 from pocketune.commands.options import DEFAULT_MODEL, MAX_SEED, JsonOption, QuietOption
 from pocketune.display import ProgressDisplay, print_facts
+from pocketune.errors import RunError
 
 
 def select_blocks(
@@ -41,6 +42,9 @@ def select_blocks(
 ) -> None:
     """Find which blocks can be skipped, by hiding text in them. A search that was stopped goes on when repeated."""
     with clear_errors():
+        if out.suffix == ".html":
+            msg = f"{out} is where the page would go. Name a JSON file with --out."
+            raise RunError(msg)
         check_writable(out)
         check_writable(out.with_suffix(".html"))
         with needing_extra("train"):
