@@ -110,6 +110,7 @@ def verify(
     Raises:
         FileFormatError: the model is not the one that was exported.
         ModelError: there is no such model.
+        RunError: PyTorch's own training came to what is no number.
     """
     manifest = bundle.manifest
     folder = open_model(model or manifest.model.name)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pocketune.errors import RunError
 from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle, open_bundle
 from pocketune_export.verify import verify
@@ -29,14 +30,22 @@ def changed(bundles: Mapping[str, Bundle], tmp_path: Path) -> Callable[..., Bund
 
 
 def test_a_bundle_that_gives_no_numbers_does_not_pass(changed: Callable[..., Bundle], small_model: ModelFolder) -> None:
-    """Nor where PyTorch gives none either: two NaN are not equal."""
-
     def explode(manifest: dict[str, Any]) -> None:
-        manifest["recipe"]["learning_rate"] = manifest["optimizer"]["learning_rate"] = 1e30
+        manifest["optimizer"]["learning_rate"] = 1e30
 
     found = verify(changed(explode), model=small_model.path, steps=2)
     assert not found.passed
     assert found.loss == found.gradients[str(found.worst_gradient)] == np.inf
+
+
+def test_nothing_is_verified_where_pytorch_gives_no_numbers_either(
+    changed: Callable[..., Bundle], small_model: ModelFolder
+) -> None:
+    def explode(manifest: dict[str, Any]) -> None:
+        manifest["recipe"]["learning_rate"] = manifest["optimizer"]["learning_rate"] = 1e30
+
+    with pytest.raises(RunError, match="gradient became"):
+        verify(changed(explode), model=small_model.path, steps=2)
 
 
 @pytest.mark.parametrize(("rates", "bar"), [({"learning_rate": 5e-3}, 5e-4), ({"in_learning_rate": 2e-3}, 2e-4)])
