@@ -1,7 +1,9 @@
 """What verify judges: no number is no pass, each kind of steps has its own bar, and older bundles are judged too."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from pocketune.errors import RunError
 from pocketune.models.load import ModelFolder
 from pocketune_edge.bundle import Bundle, open_bundle
-from pocketune_export.verify import verify
+from pocketune_edge.state import State
+from pocketune_edge.steps import Parts, Stepped
+from pocketune_export.verify import open_steps, verify
 from tests.edge.handmade import read_manifest_json, seal
 
 
@@ -29,11 +33,17 @@ def changed(bundles: Mapping[str, Bundle], tmp_path: Path) -> Callable[..., Bund
     return change
 
 
-def test_a_bundle_that_gives_no_numbers_does_not_pass(changed: Callable[..., Bundle], small_model: ModelFolder) -> None:
-    def explode(manifest: dict[str, Any]) -> None:
-        manifest["optimizer"]["learning_rate"] = 1e30
+def test_a_bundle_that_gives_no_numbers_does_not_pass(
+    bundles: Mapping[str, Bundle], small_model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_step = open_steps(bundles["fp32"])
 
-    found = verify(changed(explode), model=small_model.path, steps=2)
+    def without_numbers(state: State, parts: Parts) -> Stepped:
+        result = true_step(state, parts)
+        return Stepped(replace(result.state, losses=(math.nan,)), result.gradients * np.float32(math.nan))
+
+    monkeypatch.setattr("pocketune_export.verify.open_steps", lambda *_: without_numbers)
+    found = verify(bundles["fp32"], model=small_model.path, steps=1)
     assert not found.passed
     assert found.loss == found.gradients[str(found.worst_gradient)] == np.inf
 
