@@ -147,13 +147,14 @@ def _summary(manifest: Manifest, out: Path) -> dict[str, Any]:
 
 
 def _comparison(found: Verification) -> dict[str, Any]:
-    from pocketune_export.verify import TOLERANCE
+    from pocketune_export.verify import GRADIENT_TOLERANCE, TOLERANCE
 
     return {
         "passed": found.passed,
         "mode": found.mode,
         "steps": found.steps,
         "tolerance": TOLERANCE,
+        "gradient_tolerance": GRADIENT_TOLERANCE,
         "parameter_tolerance": found.parameter_tolerance,
         "loss_difference": _finite(found.loss),
         "largest_gradient_difference": _named(found.gradients, found.worst_gradient),

@@ -110,7 +110,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(
         (0.0, 0.0, 5e-5, True),
         (0.0, 0.0, 2e-4, False),
         (2e-5, 0.0, 0.0, False),
-        (0.0, 2e-5, 0.0, False),
+        (0.0, 2e-5, 0.0, True),
+        (0.0, 2e-4, 0.0, False),
         (0.0, 0.0, math.nan, False),
     ],
 )
