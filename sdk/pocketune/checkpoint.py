@@ -92,5 +92,5 @@ class CheckpointFolder:
             if f"exp_avg.{name}" in tensors:
                 moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
                 updates = tensors.get(f"updates.{name}", torch.tensor(float(step)))
-                optimizer.state[parameter] = {"step": updates, **moments}
+                optimizer.state[parameter] = {"step": updates.to(parameter.device), **moments}
         return Progressed(step, tuple(json.loads(metadata["losses"])))

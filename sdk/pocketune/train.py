@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -135,16 +136,20 @@ def check_finite(what: str, value: float | Tensor, *, where: str = "") -> None:
 
 
 def new_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW as in diffusers' script; scales of packed weights have their own learning rates, and do not decay to zero."""
+    """AdamW as in diffusers' script; scales of packed weights have their own learning rates, and do not decay to zero.
+
+    It is fused: an adapter is hundreds of small tensors, of which the other kinds of AdamW take a dozen passes each.
+    """
+    adamw = partial(torch.optim.AdamW, fused=True)
     if recipe.zo_optimizer == "adam":
-        return torch.optim.AdamW(parameters.values(), lr=recipe.zo_learning_rate, eps=ZO_ADAM_EPSILON, weight_decay=0.0)
+        return adamw(parameters.values(), lr=recipe.zo_learning_rate, eps=ZO_ADAM_EPSILON, weight_decay=0.0)
     rates = {"s_out": recipe.scale_learning_rate, "s_in": recipe.scale_in_learning_rate}
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault(name.rpartition(".")[2], []).append(parameter)
     if not set(groups) & set(rates):
-        return torch.optim.AdamW(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW([{"params": some, "lr": rates[kind]} for kind, some in groups.items()], weight_decay=0.0)
+        return adamw(parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return adamw([{"params": some, "lr": rates[kind]} for kind, some in groups.items()], weight_decay=0.0)
 
 
 def forget_activations(

@@ -49,7 +49,7 @@ def test_backpropagation_is_the_plain_step(tiny_model: ModelFolder) -> None:
     train_step(found_adapter, found, NO_SKIP, RECIPE, make_batch(), new_optimizer(found, RECIPE))
 
     adapter, expected = tuned(tiny_model)
-    optimizer = torch.optim.AdamW(expected.values(), lr=RECIPE.learning_rate, weight_decay=RECIPE.weight_decay)
+    optimizer = torch.optim.AdamW(expected.values(), lr=RECIPE.learning_rate, weight_decay=RECIPE.weight_decay, fused=True)
     loss_of(adapter, NO_SKIP, RECIPE, make_batch()).backward()
     torch.nn.utils.clip_grad_norm_(expected.values(), RECIPE.max_grad_norm)
     optimizer.step()

@@ -43,6 +43,7 @@ def train(
     steps: int,
     scenes: int,
     start_from: Path | None = None,
+    learning_rate: float | None = None,
     interim: bool = False,
 ) -> None:
     """Run the named stages in order; what another stage made is loaded from the folder.
@@ -64,16 +65,18 @@ def train(
         pool = prepare_latents(work / "latents.safetensors", vae, count=scenes, seed=seed, device=device)
         logger.info("training the denoiser for %d steps", steps)
         run = StageRun(work / "denoiser-run")
-        train_denoiser(pocket, work, pool, steps=steps, seed=seed, run=run, start_from=start_from)
+        rate = learning_rate
+        train_denoiser(pocket, work, pool, steps=steps, seed=seed, run=run, start_from=start_from, learning_rate=rate)
     if "assemble" in stages and PartialState().is_main_process:
-        assemble(pocket, work, out, interim=interim)
+        assemble(pocket, work, out, start_from=start_from, interim=interim)
         logger.info("wrote %s", out)
 
 
-def assemble(pocket: PocketDenoiser, work: Path, out: Path, *, interim: bool = False) -> None:
+def assemble(pocket: PocketDenoiser, work: Path, out: Path, *, start_from: Path | None = None, interim: bool = False) -> None:
     """Join the trained parts into a fp16 pipeline folder that stock diffusers loads.
 
-    `interim` marks a model that is to be trained further; reports say so.
+    `start_from` is the model whose training went on, if it did; its steps count. `interim` marks a model that is to be trained
+    further; reports say so.
     """
     pipeline = pocket.pipeline(work)
     pipeline.to(dtype=torch.float16)
@@ -82,6 +85,8 @@ def assemble(pocket: PocketDenoiser, work: Path, out: Path, *, interim: bool = F
     finished = last["step"] == last["steps"] and not interim
     notes = work / "notes.txt"
     remarks = {"notes": notes.read_text(encoding="utf-8").strip()} if notes.exists() else {}
+    before = json.loads((start_from / "training.json").read_text(encoding="utf-8"))["step"] if start_from else 0
+    last |= {"step": before + last["step"], "steps": before + last["steps"]}
     write_text(out / "training.json", json.dumps({"finished": finished, **last, **remarks}, indent=2) + "\n")
 
 
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=40000, help="denoiser steps")
     parser.add_argument("--start-from", type=Path, help="a finished model folder whose denoiser is trained further")
+    parser.add_argument("--learning-rate", type=float, help="of the denoiser; the model's own by default")
     parser.add_argument("--interim", action="store_true", help="mark the model as one to be trained further")
     parser.add_argument("--scenes", type=int, default=40000, help="rendered scenes in the denoiser's pool")
     options = parser.parse_args()
@@ -114,6 +120,7 @@ def main() -> None:
         steps=options.steps,
         scenes=options.scenes,
         start_from=options.start_from,
+        learning_rate=options.learning_rate,
         interim=options.interim,
     )
 
