@@ -126,6 +126,8 @@ def test_what_is_downloaded_of_a_hub_model(monkeypatch: pytest.MonkeyPatch, tmp_
         *(f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16", ".non_ema")),
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "safety_checker/model.safetensors",
+        "text_encoders/t5xxl_fp16.safetensors",
+        "sd3.5_medium.safetensors",
         "model_index.json",
     ]
     asked: dict[str, Any] = {}

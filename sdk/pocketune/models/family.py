@@ -84,7 +84,7 @@ class Family:
             the denoiser.
         component: folder and attribute of the denoiser in the pipeline.
         variant: the `addition_embed_type` of the configuration, where models of one class differ in it.
-        optional: parts that may be missing from the folder.
+        optional: parts that may be missing from the folder, and are then told to diffusers as None.
         left_out: parts that neither training nor sampling loads.
         takes_sizes: whether the denoiser takes the sizes of image and crop as inputs.
         noise: class of the noise schedule that trains.

@@ -181,5 +181,5 @@ FAMILY = Family(
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 3.5},
     guided_passes=1,
     timestep_divisor=1000,
-    optional=("image_encoder", "feature_extractor"),
+    left_out=("feature_extractor", "image_encoder"),
 )

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from pocketune.errors import ModelError, first_line
 from pocketune.models.quiet import quiet_hub
+from pocketune.models.registry import FAMILIES
 from pocketune.weights.files import plain_weights
 
-_FORMATS = ["*.json", "*.txt", "*.model", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
-_SAFETY_CHECKER = "safety_checker/*"
+_PARTS = {part for family in FAMILIES.values() for part in (family.component, "vae", *family.text_encoders)}
+_WANTED = ["*.json", "*.txt", "*.model", *(f"{part}/*.safetensors" for part in sorted(_PARTS))]
+"""Publishers lay weights for other programs beside a model's parts, as text encoders of 16 GB beside Stable Diffusion 3.5."""
 _VARIANTS = "*.*.safetensors"
 
 
@@ -31,10 +33,10 @@ def download(hub_id: str) -> Path:
         # Where there is no network list_repo_files tries for half a minute, and this once.
         ignored = unneeded(file.rfilename for file in model_info(hub_id).siblings or ())
     except Exception:  # of many kinds; without the hub, what was downloaded before will do, or it is said below why not
-        ignored = [_SAFETY_CHECKER, _VARIANTS]
+        ignored = [_VARIANTS]
     try:
         with quiet_hub():
-            return Path(snapshot_download(hub_id, allow_patterns=_FORMATS, ignore_patterns=ignored))
+            return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         msg = (
             f"cannot download {hub_id}: {first_line(error)}; there is no folder {hub_id} here either. Check the name and the "
@@ -44,10 +46,10 @@ def download(hub_id: str) -> Path:
 
 
 def unneeded(names: Iterable[str]) -> list[str]:
-    """Of the files of a model, what nothing here loads: the safety checker, and variants of weights that are there without."""
+    """Of the files of a model, variants of weights that are there without."""
     folders = defaultdict(list)
     for name in names:
         folders[name.rpartition("/")[0]].append(name)
     weights = [name for found in folders.values() for name in found if name.endswith(".safetensors")]
     kept = {name for found in folders.values() for name in plain_weights(found)}
-    return [_SAFETY_CHECKER, *sorted(set(weights) - kept)]
+    return sorted(set(weights) - kept)

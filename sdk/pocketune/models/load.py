@@ -20,7 +20,7 @@ from pocketune.models.hub import download
 from pocketune.models.positions import crop_table
 from pocketune.models.quiet import loading, quiet_libraries
 from pocketune.models.registry import check_kind, family_named
-from pocketune.weights.files import plain_weights, weight_files, weights_digest
+from pocketune.weights.files import plain_weights, variant_of, weight_files, weights_digest
 from pocketune.weights.fill import RESIDENT, Residence, fill
 from pocketune.weights.packed import packed_copy
 from pocketune.weights.quantizers import Quantization, pack_layers
@@ -46,10 +46,11 @@ class ModelFolder:
         self.source = source or str(path.resolve())
         self.index = _read_json(path / "model_index.json", f"{path} is not a diffusers model folder")
         component = "transformer" if self.has("transformer") else "unet"
-        self.denoiser_kind = str((self.index.get(component) or [None, "none"])[1])
-        check_kind(self.denoiser_kind, name=name)
+        kind = str((self.index.get(component) or [None, "none"])[1])
+        check_kind(kind, name=name)
         self.denoiser_config = self.config(component)
-        self.family = family_named(self.denoiser_kind, self.denoiser_config, name=name)
+        self.family = family_named(kind, self.denoiser_config, name=name)
+        self.denoiser_kind = self.family.kind
         self.vae_config = self.config("vae")
         self.sizes = self.family.sizes(self.denoiser_config)
 
@@ -198,7 +199,9 @@ class ModelFolder:
             vae = self._streamed_vae(torch.float32, device, Tiles())
         else:
             with loading(self.name):
-                vae = self.family.vae.from_pretrained(self.path, subfolder="vae", dtype=torch.float32).to(device)
+                vae = self.family.vae.from_pretrained(
+                    self.path, subfolder="vae", dtype=torch.float32, variant=self._variant("vae"), use_safetensors=True
+                ).to(device)
         if tile:
             use_tiles(vae, tile, scale=self.vae_scale)
         return vae.requires_grad_(False).eval()
@@ -251,8 +254,16 @@ class ModelFolder:
 
     def stock_pipeline(self, **parts: Any) -> Any:
         """The stock pipeline with some parts that are there already, or None; the others are loaded."""
+        held = (self.family.component, "vae", *self.family.text_encoders)
+        variant = next(filter(None, map(self._variant, held)), None)
         with loading(self.name):
-            return self.family.pipeline.from_pretrained(self.path, **parts, **self._absent_parts())
+            return self.family.pipeline.from_pretrained(
+                self.path, variant=variant, use_safetensors=True, **parts, **self._absent_parts()
+            )
+
+    def _variant(self, part: str) -> str | None:
+        """Of the weights of a part, where they are there as a variant alone; diffusers must be told."""
+        return variant_of(file.name for file in (self.path / part).glob("*.safetensors"))
 
     def _streamed_vae(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> Any:
         kind, config = self.family.vae, self.vae_config

@@ -291,8 +291,7 @@ SD = Family(
         "guidance_scale": 7.5,
     },
     component="unet",
-    optional=("feature_extractor", "image_encoder"),
-    left_out=("safety_checker",),
+    left_out=("feature_extractor", "image_encoder", "safety_checker"),
     noise=DDPMScheduler,
 )
 
@@ -310,7 +309,7 @@ SDXL = Family(
     sampling=lambda _: {},
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 5.0},
     component="unet",
-    optional=("feature_extractor", "image_encoder"),
+    left_out=("feature_extractor", "image_encoder"),
     takes_sizes=True,
     noise=DDPMScheduler,
 )

@@ -44,8 +44,14 @@ def plain_weights(names: Iterable[str]) -> list[str]:
     Variants, as `fp16` and `non_ema`, have one more part in their names; each is the whole model again.
     """
     found = sorted(name for name in names if name.endswith(".safetensors"))
-    fewest = min((name.count(".") for name in found), default=0)
-    return [name for name in found if name.count(".") == fewest]
+    chosen = variant_of(found)
+    return [name for name in found if _variant(name) == chosen]
+
+
+def variant_of(names: Iterable[str]) -> str | None:
+    """The variant to which `plain_weights` belong, as diffusers calls it; None: they belong to none."""
+    variants = {_variant(name) for name in names if name.endswith(".safetensors")}
+    return min(variants, key=lambda variant: ((variant or "").count("."), variant or ""), default=None)
 
 
 def file_sha256(path: Path) -> str:
@@ -83,3 +89,8 @@ def _indexed_shards(index: Path) -> set[str]:
         msg = f"the index {index} names no files, or some outside of its folder. Download the model from its publisher."
         raise ModelError(msg)
     return shards
+
+
+def _variant(name: str) -> str | None:
+    """What stands in a file's name between the stem and "safetensors", without the number of a shard."""
+    return ".".join(part.partition("-0")[0] for part in name.split(".")[1:-1]) or None
