@@ -1,5 +1,6 @@
 """Laws of weights on disk: the same numbers, bit for bit, as with weights in memory."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pocketune import scratch
@@ -252,6 +253,27 @@ def test_streamed_text_encoders_and_autoencoder_are_the_same(
         latents = [folder.load_vae(device=CPU, weights=w).encode(image)[0] for w in (RESIDENT, STREAMED)]
     values = [latent if isinstance(latent, Tensor) else latent.mean for latent in latents]
     assert torch.equal(*values)
+
+
+@torch.no_grad()
+def test_t5_keeps_in_float32_what_would_overflow_in_float16(
+    tiny_pipelines: Callable[[str], ModelFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers does; the numbers behind a feed-forward layer of T5-XXL reach beyond 65504."""
+    model = tiny_pipelines("flux")
+    folder = ModelFolder("large", Path(shutil.copytree(model.path, tmp_path / "large")))
+    (weights,) = (folder.path / "text_encoder_2").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: value * 1e7 if ".wo." in name else value for name, value in tensors.items()}, weights, {"format": "pt"})
+    found = []
+    for where, smallest in ((RESIDENT, 1), (STREAMED, 2**20), (STREAMED, 1)):  # the second holds all that is small
+        monkeypatch.setattr(stream, "SMALLEST_STREAMED", smallest)
+        encoder = folder.pipeline(dtype=torch.float16, device=CPU, weights=where).text_encoder_2
+        types = {name: value.dtype for name, value in encoder.named_parameters()}
+        assert {kind for name, kind in types.items() if ".wo." in name} == {torch.float32}
+        assert {kind for name, kind in types.items() if ".wo." not in name} == {torch.float16}
+        found.append(encoder(torch.arange(4, 12)[None])[0])
+    assert found[0].isfinite().all() and all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "sana", "sdxl"])

@@ -1,5 +1,6 @@
 """The type to sample in, and that a LoRA is checked by its values."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def test_the_autoencoder_of_sana_alone_decodes_in_float32() -> None:
     for family in FAMILIES.values():
         expected = torch.float32 if family is dit.SANA else torch.bfloat16
         assert family.vae_dtype(torch.bfloat16) == expected
+
+
+def test_sana_reads_prompts_in_bfloat16_beside_a_float16_denoiser(tiny_pipelines: Callable[[str], ModelFolder]) -> None:
+    """Gemma, its text encoder, overflows in float16."""
+    for dtype, expected in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+        pipeline = tiny_pipelines("sana").pipeline(dtype=dtype, device=CPU)
+        assert (pipeline.text_encoder.dtype, pipeline.transformer.dtype) == (expected, dtype)
+        assert mmdit.FAMILY.text_dtype(dtype) == dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from torch import nn
 
 from pocketune.budget.skeleton import held_tensors, retype
 from pocketune.errors import PlanError
+from pocketune.models.encoders import kept_in_float32
 from pocketune.models.load import ModelFolder
 from pocketune.models.quiet import loading
 
@@ -55,4 +56,6 @@ def empty_text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype) ->
     with loading(folder.name), init_empty_weights():
         encoder: nn.Module = kind(kind.config_class.from_pretrained(folder.path / part))
     retype(encoder.eval(), dtype)
+    for name in kept_in_float32(encoder, dtype):
+        retype(encoder.get_submodule(name.rpartition(".")[0]), torch.float32)
     return encoder

@@ -122,8 +122,9 @@ def samples_phase(
     vae, vae_buffer = _vae(folder, recipe, dtype=vae_dtype)
     latents = empty(batch, *inputs.latents.shape[1:]).to(vae_dtype)
     decoding = _pass(lambda: vae.decode(latents))
+    text_dtype = folder.family.text_dtype(dtype_of(recipe))
     encoders = [
-        _bytes(_text_encoder(folder, part, dtype=dtype_of(recipe), streamed=streamed)[0], streamed=streamed)
+        _bytes(_text_encoder(folder, part, dtype=text_dtype, streamed=streamed)[0], streamed=streamed)
         for part in filter(folder.has, folder.family.text_encoders)
     ]
     buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
@@ -136,7 +137,7 @@ def samples_phase(
                 (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
                 ("trained parameters", trained_bytes, "the result"),
                 (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
-                (ENCODERS, sum(encoders), recipe.dtype + _where(streamed)),
+                (ENCODERS, sum(encoders), str(text_dtype).removeprefix("torch.") + _where(streamed)),
                 (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),
             buffer,

@@ -41,7 +41,16 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
     store = WeightStore(weight_files(folder, name=kind))
     names = stored_names(store, text_encoder_names(encoder))
     # transformers computes other buffers, such as the frequencies of rotary positions, in float32 whatever the model's type is.
-    fill(encoder, store, dtype=dtype, device=device, tiles=tiles, stored_name=names, cast_buffers=False)
+    fill(
+        encoder,
+        store,
+        dtype=dtype,
+        device=device,
+        tiles=tiles,
+        stored_name=names,
+        cast_buffers=False,
+        in_float32=kept_in_float32(encoder, dtype),
+    )
     return encoder.requires_grad_(False).eval()
 
 
@@ -66,6 +75,12 @@ def streamed_vae(
     store = WeightStore(weight_files(folder, name="the autoencoder"))
     fill(vae, store, dtype=dtype, device=device, tiles=tiles, stored_name=stored_names(store, vae_names))
     return vae.requires_grad_(False).eval()
+
+
+def kept_in_float32(encoder: Any, dtype: torch.dtype) -> set[str]:
+    """Names of the weights that transformers leaves in float32 in a float16 model: T5's that would overflow."""
+    modules = set(encoder._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    return {name for name, _ in encoder.named_parameters() if modules & set(name.split("."))}
 
 
 def text_encoder_names(encoder: Any) -> Renamings:

@@ -80,8 +80,8 @@ class Family:
         timestep_divisor: by which the pipeline divides timesteps, 0 to 1000, before it calls the denoiser.
         vae: the autoencoder's class.
         vae_scale: image pixels along the side of a latent pixel, in published models; a folder's own configuration wins.
-        overflows_in_float16: whether text encoder or autoencoder do: images are then decoded in float32, whatever the type of
-            the denoiser.
+        overflows_in_float16: whether text encoder and autoencoder do: images are then decoded in float32, whatever the type of
+            the denoiser, and prompts encoded in bfloat16 beside a denoiser in float16.
         component: folder and attribute of the denoiser in the pipeline.
         variant: the `addition_embed_type` of the configuration, where models of one class differ in it.
         optional: parts that may be missing from the folder, and are then told to diffusers as None.
@@ -131,6 +131,10 @@ class Family:
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the autoencoder in a pipeline. dtype: of the denoiser."""
         return torch.float32 if self.overflows_in_float16 else dtype
+
+    def text_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the text encoders in a pipeline. dtype: of the denoiser."""
+        return torch.bfloat16 if self.overflows_in_float16 and dtype == torch.float16 else dtype
 
     @property
     def guidance(self) -> float:

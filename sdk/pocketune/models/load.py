@@ -217,13 +217,14 @@ class ModelFolder:
     ) -> Any:
         """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`."""
         parts: dict[str, Any] = {}
-        vae_dtype = self.family.vae_dtype(dtype)
+        vae_dtype, text_dtype = self.family.vae_dtype(dtype), self.family.text_dtype(dtype)
         if weights.streamed:
             tiles = Tiles()  # one for all parts, which run one after the other
             denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
             parts = {self.family.component: denoiser.model, "vae": self._streamed_vae(vae_dtype, device, tiles)}
-            parts |= self._streamed_encoders(dtype, device, tiles)
-        pipeline = self.stock_pipeline(dtype={"vae": vae_dtype, "default": dtype}, **parts)
+            parts |= self._streamed_encoders(text_dtype, device, tiles)
+        of_text = dict.fromkeys(filter(self.has, self.family.text_encoders), text_dtype)
+        pipeline = self.stock_pipeline(dtype={"vae": vae_dtype, "default": dtype} | of_text, **parts)
         if tile is not None:
             use_tiles(pipeline.vae, tile, scale=self.vae_scale)
         return pipeline if weights.streamed else pipeline.to(device)

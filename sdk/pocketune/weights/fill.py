@@ -46,6 +46,7 @@ def fill(
     stored_name: Callable[[str], str] = lambda name: name,
     windows: Windows | None = None,
     cast_buffers: bool = True,
+    in_float32: Collection[str] = (),
 ) -> None:
     """Give a model on the meta device its weights, one at a time, with no copy of the whole in between.
 
@@ -59,11 +60,14 @@ def fill(
         stored_name: the name that a parameter has in the store.
         windows: tensors that are wanted in part.
         cast_buffers: whether other floating-point buffers have `dtype` too; those of packed layers are the quantizer's own.
+        in_float32: names of parameters that have this type, whatever `dtype` is.
 
     Raises:
         ModelError: a weight is missing, or of another shape than the configuration says.
     """
-    replaced = stream(model, store, dtype=dtype, device=device, stored_name=stored_name, tiles=tiles) if tiles else {}
+    replaced = {}
+    if tiles:
+        replaced = stream(model, store, dtype=dtype, device=device, tiles=tiles, stored_name=stored_name, in_float32=in_float32)
     wanted = [name for name in model.state_dict() if name not in replaced and name not in held]
     missing = [name for name in wanted if stored_name(name) not in store]
     if missing:
@@ -72,11 +76,12 @@ def fill(
     for name in wanted:
         stored = stored_name(name)
         window = (windows or {}).get(name)
-        value = store.load(stored, dtype=dtype) if window is None else window(store.view(stored)).to(dtype)
+        kind = torch.float32 if name in in_float32 else dtype
+        value = store.load(stored, dtype=kind) if window is None else window(store.view(stored)).to(kind)
         if window is not None:
             store.drop(stored)
         try:
-            set_module_tensor_to_device(model, name, device, value=value, dtype=dtype)
+            set_module_tensor_to_device(model, name, device, value=value, dtype=kind)
         except ValueError as error:
             msg = f"the weights are damaged or do not fit the configuration: {error}. Download the model again."
             raise ModelError(msg) from error

@@ -7,7 +7,7 @@ of a layer that holds its weight, so that results are the same bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -219,6 +219,7 @@ def stream(
     device: torch.device,
     tiles: Tiles | None = None,
     stored_name: Callable[[str], str] = lambda name: name,
+    in_float32: Collection[str] = (),
 ) -> dict[str, str]:
     """Put layers that stream in the place of a model's large Linears, convolutions and embeddings.
 
@@ -229,6 +230,7 @@ def stream(
         device: where it is done.
         tiles: the buffer; default: one of its own.
         stored_name: the name that a parameter has in the store.
+        in_float32: names of weights that say so to the model, whatever `dtype` is; layers compute in the type of their input.
 
     Returns:
         The names of the parameters that were replaced, with their names in the store.
@@ -249,7 +251,7 @@ def stream(
             )
             raise ModelError(msg)
         matrix = store.matrix(stored_name(name))
-        weight = absent(layer.weight.shape, dtype=dtype, device=device)
+        weight = absent(layer.weight.shape, dtype=torch.float32 if name in in_float32 else dtype, device=device)
         new: nn.Module
         if type(layer) is nn.Linear:
             new = StreamedLinear(layer, matrix, tiles, weight)
