@@ -18,7 +18,7 @@ from pocketune.pocket.autoencoder import to_unit
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import IDENTIFIERS, Scene, caption, held_out_combinations, random_scene, shows_held_out
 
-SIDES = (128, 96, 64)
+SIDES = (128, 64)
 CAPTION_DROPOUT = 0.1
 HARD_CLASSES = {"star": 3, "duck": 2}
 """How much more often scenes of the classes that come out wrong most often are drawn."""
