@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
-from pocketune import generate
+from pocketune import Recipe, generate, personalize
 from pocketune.errors import ModelError
 from pocketune.models.load import ModelFolder
 from tests.tiny_models import with_values
@@ -66,3 +67,18 @@ def test_pickled_weights_are_not_opened(tiny_pipelines: Pipelines, tmp_path: Pat
     model = ModelFolder("pickled", folder)
     with pytest.raises(ModelError, match="safetensors"):
         model.load_vae(device=CPU) if part == "vae" else model.encode_prompts(["a toy"], device=CPU)
+
+
+def test_a_model_with_the_noise_levels_of_edm_samples_and_does_not_train(
+    tiny_pipelines: Pipelines, toy_photos: Path, tmp_path: Path
+) -> None:
+    """Its scheduler names none of the levels that DDPM would take, and DDPM's own would train it wrongly."""
+    edm = EDMDPMSolverMultistepScheduler()
+    index = {"scheduler": ["diffusers", type(edm).__name__]}
+    folder = with_values(tiny_pipelines("sdxl").path, tmp_path / "edm", "model_index.json", index)
+    shutil.rmtree(folder / "scheduler")
+    edm.save_pretrained(folder / "scheduler")
+    assert len(generate(folder, ["a toy"], steps=2, resolution=64)) == 1
+    with pytest.raises(ModelError, match="EDM"):
+        personalize(toy_photos, model=folder, recipe=Recipe.create(instance_prompt="a photo of sks toy"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

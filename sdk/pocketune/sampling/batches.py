@@ -65,6 +65,12 @@ class NoiseSchedule:
         """
         if not isinstance(scheduler, DDPMScheduler):
             return cls(scheduler.timesteps, scheduler.sigmas, None, "flow")
+        if "sigma_data" in scheduler.config:  # kept from the sampler's configuration, whose noise levels are other ones
+            msg = (
+                "this model was trained with EDM's noise levels and preconditioning, as Playground v2.5 was; there is no loss for "
+                "it here. Its samples are fine. To train, use a model such as Stable Diffusion XL."
+            )
+            raise ModelError(msg)
         objective = scheduler.config.prediction_type
         if objective not in ("epsilon", "v_prediction"):
             msg = f'the scheduler says prediction_type "{objective}"; expected "epsilon" or "v_prediction". Use another model.'
