@@ -67,8 +67,8 @@ class NoiseSchedule:
             return cls(scheduler.timesteps, scheduler.sigmas, None, "flow")
         if "sigma_data" in scheduler.config:  # kept from the sampler's configuration, whose noise levels are other ones
             msg = (
-                "this model was trained with EDM's noise levels and preconditioning, as Playground v2.5 was; there is no loss for "
-                "it here. Its samples are fine. To train, use a model such as Stable Diffusion XL."
+                "this model was trained with EDM's noise levels and preconditioning, as Playground v2.5 was, and there is no "
+                "loss for it here. Its samples are fine. To train, use a model such as Stable Diffusion XL."
             )
             raise ModelError(msg)
         objective = scheduler.config.prediction_type
