@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,25 +29,34 @@ ACTIVATIONS = "activations"
 POSTERIORS = "latents of the crops"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What a pass makes beyond what is there already: its activations, its operations, its different convolutions."""
+
+    bytes: int
+    flops: int
+    convolutions: frozenset[Any]
+
+
 def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> PhaseLedger:
     """All text encoders in float32, and the largest of their passes over one prompt."""
     streamed = recipe.weights == "streamed"
-    held, largest = 0, 0
+    held, largest, moved = 0, 0, 0
     activations, flops = 0, 0
     for part in filter(folder.has, folder.family.text_encoders):
         encoder, buffer = _text_encoder(folder, part, dtype=torch.float32, streamed=streamed)
         held += _bytes(encoder, streamed=streamed)
         tokens = torch.zeros(1, _length(folder, part), dtype=torch.long, device="meta")
-        passed = _pass(lambda encoder=encoder, tokens=tokens: encoder(tokens))  # type: ignore[misc]
-        activations, flops = max(activations, passed.peak_bytes), flops + passed.flops
-        largest = max(largest, buffer)
+        passed = _pass(lambda encoder=encoder, tokens=tokens: encoder(tokens), encoder)  # type: ignore[misc]
+        activations, flops = max(activations, passed.bytes), flops + passed.flops
+        largest, moved = max(largest, buffer), max(moved, *(one.nbytes for one in held_tensors(encoder)))
     return PhaseLedger(
         name="text",
         items=_items(
             ((ENCODERS, held, "float32" + _where(streamed)), (ACTIVATIONS, activations, "one prompt")),
             largest,
             device,
-            passing_bytes=0 if streamed else held,
+            passing_bytes=0 if streamed else moved,
         ),
         flops=flops * (1 + (recipe.class_prompt is not None)),
     )
@@ -55,14 +65,14 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
 def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops: int, device: torch.device) -> PhaseLedger:
     """The autoencoder over one of all crops after the other."""
     vae, buffer = _vae(folder, recipe, dtype=torch.float32)
-    encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)))
+    encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)), vae)
     tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
     streamed = recipe.weights == "streamed"
     held = _bytes(vae, streamed=streamed)
     return PhaseLedger(
         name="latents",
         items=_items(
-            ((VAE, held, "float32" + _where(streamed)), (ACTIVATIONS, encoding.peak_bytes, tile)),
+            ((VAE, held, "float32" + _where(streamed)), (ACTIVATIONS, encoding.bytes, tile)),
             buffer,
             device,
             passing_bytes=0 if streamed else held,
@@ -117,11 +127,11 @@ def samples_phase(
     whole = BlockPlan(folder.block_count)
     passes = batch * folder.family.guided_passes
     inputs = shaped_batch(folder, adapter, whole, empty, samples=passes, side=side, tokens=text_tokens(folder))
-    denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt))
+    denoising = _pass(lambda: denoise(adapter, inputs.latents, inputs.timesteps, inputs.prompt), adapter.model)
     vae_dtype = folder.family.vae_dtype(dtype_of(recipe))
     vae, vae_buffer = _vae(folder, recipe, dtype=vae_dtype)
     latents = empty(batch, *inputs.latents.shape[1:]).to(vae_dtype)
-    decoding = _pass(lambda: vae.decode(latents))
+    decoding = _pass(lambda: vae.decode(latents), vae)
     text_dtype = folder.family.text_dtype(dtype_of(recipe))
     encoders = [
         _bytes(_text_encoder(folder, part, dtype=text_dtype, streamed=streamed)[0], streamed=streamed)
@@ -129,7 +139,7 @@ def samples_phase(
     ]
     buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
     denoiser_bytes, vae_bytes = (_bytes(model, streamed=streamed) for model in (adapter.model, vae))
-    larger = max(denoising, decoding, key=lambda passed: passed.peak_bytes)
+    larger = max(denoising, decoding, key=lambda passed: passed.bytes)
     return PhaseLedger(
         name="samples",
         items=_items(
@@ -138,11 +148,11 @@ def samples_phase(
                 ("trained parameters", trained_bytes, "the result"),
                 (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
                 (ENCODERS, sum(encoders), str(text_dtype).removeprefix("torch.") + _where(streamed)),
-                (ACTIVATIONS, larger.peak_bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
+                (ACTIVATIONS, larger.bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
             ),
             buffer,
             device,
-            passing_bytes=0 if streamed else denoiser_bytes + vae_bytes + sum(encoders),
+            passing_bytes=0 if streamed else vae_bytes + (0 if text_dtype == torch.float32 else sum(encoders)),
             convolutions=len(denoising.convolutions | decoding.convolutions),
         ),
         flops=(denoising.flops * recipe.sample_steps + decoding.flops) * -(-images // batch) * rounds,
@@ -157,22 +167,24 @@ def _items(
     passing_bytes: int,
     convolutions: int = 0,
 ) -> tuple[Item, ...]:
-    """Items of parts by name, size and formula; `passing_bytes` of weights are in main memory on their way to a GPU."""
+    """Items of parts by name, size and formula; `passing_bytes` of weights at once are in main memory on their way to a GPU."""
     place: Place = "device" if device.type == "cuda" else "host"
     items = [Item(name=name, bytes=size, formula=formula, place=place) for name, size, formula in parts if size]
     if buffer:
         items.append(Item(name=BUFFER, bytes=buffer, formula="a tile of one weight"))
     if place == "device" and passing_bytes:
-        items.append(Item(name="weights on their way", bytes=passing_bytes, formula="loaded whole, then moved to the GPU"))
+        items.append(Item(name="weights on their way", bytes=passing_bytes, formula="loaded, then moved to the GPU"))
     return (*items, heap(convolutions))
 
 
-def _pass(run: Callable[[], Any]) -> LiveBytes:
-    """What a pass without gradients makes, beyond what is there already."""
+def _pass(run: Callable[[], Any], model: nn.Module) -> _Pass:
+    """A pass of a model without gradients."""
     live = LiveBytes()
+    held = live.hold(held_tensors(model), "weights")  # a product makes views of them, which are no activations
+    live.begin()
     with torch.no_grad(), fused_attention(), live:
         run()
-    return live
+    return _Pass(bytes=live.peak_bytes - held, flops=live.flops, convolutions=frozenset(live.convolutions))
 
 
 def _text_encoder(folder: ModelFolder, part: str, *, dtype: torch.dtype, streamed: bool) -> tuple[nn.Module, int]:

@@ -1,4 +1,4 @@
-"""Text encoders and autoencoders whose weights stay on disk, and the names that those have in files of any age."""
+"""Text encoders and autoencoders filled from files of weights, or streamed from them, and the names in files of any age."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ Renamings = Callable[[str], tuple[str, ...]]
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> Any:
-    """A text encoder, frozen, whose large weights stay on disk.
+def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device, tiles: Tiles | None) -> Any:
+    """A text encoder, frozen, whose weights come into memory one at a time, or of which the large ones stay on disk.
+
+    transformers would map whole files beside the model while it converts them.
 
     Args:
         folder: with its configuration and weights.
         kind: the class's name in transformers.
         dtype: of the arithmetic.
         device: where it runs.
-        tiles: the buffer for its weights.
+        tiles: the buffer for weights that stay on disk; None: hold all.
 
     Raises:
         ModelError: weights are missing or damaged.
@@ -51,6 +53,8 @@ def streamed_text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device
         cast_buffers=False,
         in_float32=kept_in_float32(encoder, dtype),
     )
+    if tiles is None:
+        encoder.tie_weights()
     return encoder.requires_grad_(False).eval()
 
 

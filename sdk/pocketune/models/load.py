@@ -15,7 +15,7 @@ from pocketune.errors import FileFormatError, ModelError, reading
 from pocketune.jsonfile import read_object
 from pocketune.models.base import DenoiserAdapter, Prompt
 from pocketune.models.empty import empty_denoiser
-from pocketune.models.encoders import streamed_text_encoder, streamed_vae, use_tiles
+from pocketune.models.encoders import streamed_vae, text_encoder, use_tiles
 from pocketune.models.hub import download
 from pocketune.models.positions import crop_table
 from pocketune.models.quiet import loading, quiet_libraries
@@ -216,13 +216,14 @@ class ModelFolder:
         tile: int | None = None,
     ) -> Any:
         """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`."""
-        parts: dict[str, Any] = {}
         vae_dtype, text_dtype = self.family.vae_dtype(dtype), self.family.text_dtype(dtype)
-        if weights.streamed:
-            tiles = Tiles()  # one for all parts, which run one after the other
-            denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
-            parts = {self.family.component: denoiser.model, "vae": self._streamed_vae(vae_dtype, device, tiles)}
-            parts |= self._streamed_encoders(text_dtype, device, tiles)
+        tiles = Tiles() if weights.streamed else None  # one for all parts, which run one after the other
+        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
+        parts: dict[str, Any] = {self.family.component: denoiser.model}
+        if tiles is not None:
+            parts["vae"] = self._streamed_vae(vae_dtype, device, tiles)
+        if tiles is not None or text_dtype == torch.float32:  # 16 bits of files in 16 bits need no conversion
+            parts |= self._text_encoders(text_dtype, device, tiles)
         of_text = dict.fromkeys(filter(self.has, self.family.text_encoders), text_dtype)
         pipeline = self.stock_pipeline(dtype={"vae": vae_dtype, "default": dtype} | of_text, **parts)
         if tile is not None:
@@ -246,12 +247,8 @@ class ModelFolder:
         """The stock pipeline with tokenizers and float32 text encoders alone, for `family.encode`."""
         # diffusers asks the denoiser for its text width or type, and for nothing else.
         parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
-        if weights.streamed:
-            parts |= self._streamed_encoders(torch.float32, device, Tiles())
-        pipeline = self.stock_pipeline(dtype=torch.float32, **parts)
-        for part in () if weights.streamed else filter(self.has, self.family.text_encoders):
-            getattr(pipeline, part).to(device)
-        return pipeline
+        parts |= self._text_encoders(torch.float32, device, Tiles() if weights.streamed else None)
+        return self.stock_pipeline(dtype=torch.float32, **parts)
 
     def stock_pipeline(self, **parts: Any) -> Any:
         """The stock pipeline with some parts that are there already, or None; the others are loaded."""
@@ -270,9 +267,9 @@ class ModelFolder:
         kind, config = self.family.vae, self.vae_config
         return streamed_vae(self.path / "vae", kind, config, dtype=dtype, device=device, tiles=tiles)
 
-    def _streamed_encoders(self, dtype: torch.dtype, device: torch.device, tiles: Tiles) -> dict[str, Any]:
+    def _text_encoders(self, dtype: torch.dtype, device: torch.device, tiles: Tiles | None) -> dict[str, Any]:
         return {
-            part: streamed_text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device, tiles=tiles)
+            part: text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device, tiles=tiles)
             for part in filter(self.has, self.family.text_encoders)
         }
 
