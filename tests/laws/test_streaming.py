@@ -255,6 +255,22 @@ def test_streamed_text_encoders_and_autoencoder_are_the_same(
     assert torch.equal(*values)
 
 
+def test_a_cast_leaves_streamed_weights_on_disk(tiny_pipelines: Callable[[str], ModelFolder]) -> None:
+    """SDXL's pipeline casts its autoencoder from float16 to float32 and back around each decoding."""
+    vae = tiny_pipelines("sdxl").pipeline(dtype=torch.float16, device=CPU, weights=STREAMED).vae
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def held_bytes() -> int:
+        return sum(value.untyped_storage().nbytes() for value in vae.parameters())
+
+    held, shapes = held_bytes(), [value.shape for value in vae.parameters()]
+    vae.to(torch.float32)
+    assert held_bytes() == 2 * held and [value.shape for value in vae.parameters()] == shapes
+    with torch.no_grad():
+        assert vae.decode(latents).sample.dtype == torch.float32
+    assert vae.to(torch.float16).dtype == torch.float16 and held_bytes() == held
+
+
 @torch.no_grad()
 def test_t5_keeps_in_float32_what_would_overflow_in_float16(
     tiny_pipelines: Callable[[str], ModelFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -238,7 +238,7 @@ def merge(model: nn.Module, interval: int) -> None:
         if not isinstance(layer, PackedLayer):
             continue
         scales = layer.scales[interval] if layer.scales else None
-        weight = layer.merged(scales if isinstance(scales, Scales) else None).to(layer.weight.dtype)  # type: ignore[arg-type]
+        weight = layer.merged(scales if isinstance(scales, Scales) else None).to(layer.weight.dtype)
         plain: nn.Linear | nn.Conv2d
         if isinstance(layer, PackedConv2d):
             names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")

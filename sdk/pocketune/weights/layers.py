@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pocketune.errors import PlanError
-from pocketune.weights.frozen import absent, convolution_back
+from pocketune.weights.frozen import AbsentWeight, absent, convolution_back
 from pocketune.weights.quant import Packed, unpack
 
 TILE_VALUES = 2**21
@@ -52,7 +52,7 @@ class Scales(nn.Module):
         return output
 
 
-class PackedLayer(nn.Module, ABC):
+class PackedLayer(AbsentWeight, ABC):
     """What packed Linears and convolutions share. `bits`: of a code; `scales`: those to choose from, if any train."""
 
     codes: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pocketune.errors import ModelError
-from pocketune.weights.frozen import absent, convolution_back
+from pocketune.weights.frozen import AbsentWeight, absent, convolution_back
 from pocketune.weights.matrix import Matrix
 from pocketune.weights.prefetch import Prefetcher
 from pocketune.weights.store import WeightStore
@@ -68,7 +68,7 @@ class Tiles:
         return tile.to(like.device)
 
 
-class StreamedLinear(nn.Linear):
+class StreamedLinear(AbsentWeight, nn.Linear):
     """A frozen `nn.Linear` whose weight stays on disk."""
 
     def __init__(self, like: nn.Linear, matrix: Matrix, tiles: Tiles, weight: nn.Parameter) -> None:
@@ -102,7 +102,7 @@ class StreamedLinear(nn.Linear):
         return self._remembered[1]
 
 
-class StreamedConv2d(nn.Conv2d):
+class StreamedConv2d(AbsentWeight, nn.Conv2d):
     """A frozen `nn.Conv2d` of one group, zero-padded, whose weight stays on disk."""
 
     def __init__(self, like: nn.Conv2d, matrix: Matrix, tiles: Tiles, weight: nn.Parameter) -> None:
@@ -145,7 +145,7 @@ class StreamedConv2d(nn.Conv2d):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class StreamedEmbedding(nn.Embedding):
+class StreamedEmbedding(AbsentWeight, nn.Embedding):
     """A frozen `nn.Embedding` whose table stays on disk; only the rows that are looked up are read."""
 
     def __init__(self, like: nn.Embedding, matrix: Matrix, weight: nn.Parameter) -> None:
