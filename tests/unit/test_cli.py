@@ -295,6 +295,15 @@ def test_sample_takes_model_and_settings_from_the_run(pipeline: FakeGenerate, tm
     ]
 
 
+def test_a_search_wants_runs_that_skip_nothing(tmp_path: Path) -> None:
+    skipping = replace(a_record(Recipe(instance_prompt="a photo of sks toy")), plan={"blocks": 12, "skipped": "0-3"})
+    (tmp_path / "run.json").write_text(skipping.to_text())
+    out = tmp_path / "selection.json"
+    result = runner.invoke(cli.app, ["select-blocks", "--run", str(tmp_path), "--out", str(out)])
+    assert result.exit_code == 2 and "blocks 0-3 skipped" in " ".join(result.stderr.split())
+    assert not out.exists()
+
+
 def test_inspect_gives_json_and_text_without_control_characters(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"weight": np.ones((2, 3), np.float32)}, path, metadata={"note": "\x1b[31mred\nline"})

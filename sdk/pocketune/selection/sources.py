@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocketune.embedders import DEFAULT_MODELS, ClipEmbedder, DinoEmbedder, ImageEmbedder
-from pocketune.errors import ModelError, RecipeError
+from pocketune.errors import ModelError, PlanError, RecipeError
 from pocketune.models.load import BUILT_IN
 from pocketune.pocket.judges import load_subject_embedder
 from pocketune.progress import OnProgress, ignore
@@ -58,6 +58,7 @@ def find_sources(
     Raises:
         RecipeError: there are no runs and the model is no built-in one, or no such embedder.
         ModelError: the embedder cannot be loaded, or the runs are of another model.
+        PlanError: the runs were trained with blocks skipped.
     """
     built_in = model in BUILT_IN
     if not runs and not built_in:
@@ -86,4 +87,10 @@ def _personalized(run: Path, model: str) -> Personalized:
     if record.model not in (model, str(Path(model).resolve())):
         msg = f"{run} personalizes {record.model}, not {model}. Give runs of the model that is searched."
         raise ModelError(msg)
+    if record.plan.get("skipped") not in (None, "none"):
+        msg = (
+            f"{run} was trained with the blocks {record.plan['skipped']} skipped, so it cannot say which can be. "
+            "Give runs that skip none."
+        )
+        raise PlanError(msg)
     return Personalized(name=run.name, lora=run, prompts=record.recipe.sample_prompts or (record.recipe.instance_prompt,))
