@@ -120,8 +120,7 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": options.guidance,
     }
     recipe |= {name: value for name, value in given.items() if value is not None}
-    changed = {key for method in METHODS.values() for key in method.changes} - set(POCKET_RECIPE)
-    fixed = {"instance_prompt", "sample_prompts", "seed", *changed}
+    fixed = {"instance_prompt", "sample_prompts", "seed", *(key for method in METHODS.values() for key in method.changes)}
     return {name: value for name, value in recipe.items() if name not in fixed}
 
 

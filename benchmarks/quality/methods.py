@@ -110,12 +110,6 @@ METHODS = {
         _lora("skip30", "30 % of the blocks skipped, cached residuals", skip="auto:0.3"),
         _lora("skip40", "40 % of the blocks skipped, cached residuals", skip="auto:0.4"),
         _lora("skip50", "half the blocks skipped, cached residuals", skip="auto"),
-        _lora(
-            "skip50-wide",
-            "half the blocks skipped, cached residuals, twice the rank",
-            skip="auto",
-            rank=2 * POCKET_RECIPE["rank"],
-        ),
         _patches("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3"),
         _patches("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4"),
         _patches("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto"),
@@ -136,8 +130,8 @@ COMMON = ("none", "lora", "patches", "renders")
 """What groups share, to compare their own rows with."""
 GROUPS = {
     "block-skip": (
-        *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip50-wide", "skip50-no-residuals", "first50", "last50"),
-        *("skip30-patches", "skip40-patches", "skip50-patches", "renders"),
+        *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
+        *("skip50-no-residuals", "first50", "last50", "renders"),
     ),
     "patch-sizes": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
     "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),
