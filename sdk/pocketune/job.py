@@ -13,6 +13,7 @@ from PIL import Image
 
 from pocketune.allocator import return_freed_memory
 from pocketune.atomic import replacing
+from pocketune.budget.planning import measured_floor
 from pocketune.budget.search import MemoryPlan
 from pocketune.checkpoint import CheckpointFolder
 from pocketune.errors import Interrupted, RecipeError
@@ -119,6 +120,7 @@ def run_job(
         folder = open_model(model)
         recipe = folder.family.complete(recipe)
         watch = Watch(memory, on_progress)
+        floor_bytes = 0 if budget_bytes is None else measured_floor(folder)
         with watch.phase("photos"):
             loaded = load_photos(photos, max_side=MAX_PHOTO_SIDE)
         if budget_bytes is None:
@@ -128,7 +130,7 @@ def run_job(
             recipe,
             budget_bytes,
             model=str(model),
-            folder=folder,
+            floor_bytes=floor_bytes,
             run=run,
             resume=resume,
             photos=[str(one) for one in ([photos] if isinstance(photos, str | Path) else photos)],

@@ -149,8 +149,8 @@ class MemoryLog:
         while not self._stopped.wait(self._interval_s):
             try:
                 reading = read_memory()
-            except OSError:  # no file descriptor left, for example: a later reading may succeed, and a log must not end a job
-                continue
+            except (OSError, PocketuneError):
+                continue  # no file descriptor left, for example: a later reading may succeed, and a log must not end a job
             with self._lock:
                 self._record(reading)
             if self.on_reading is not None:

@@ -27,6 +27,9 @@ MAX_PIXELS = 100_000_000
 MAX_PHOTO_SIDE = 2048
 MAX_FILE_BYTES = 500_000_000
 
+PIXEL_BYTES = 4
+"""Of an image in memory, as Pillow holds it."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 _OTHER_IMAGES = frozenset({".heic", ".heif", ".hif", ".avif", ".jxl", ".gif", ".bmp", ".tif", ".tiff"})
@@ -100,6 +103,29 @@ def load_photos(paths: Path | str | Sequence[Path | str], max_side: int | None =
     ]
     # Equal names from different folders are told apart by content, so that the order does not depend on where photos lie.
     return tuple(sorted(photos, key=lambda photo: (photo.name, photo.sha256)))
+
+
+def reading_bytes(paths: Sequence[Path | str], *, max_side: int) -> int:
+    """Memory that `load_photos` takes at most for one of some photos while it reads it: the file, and pixels as they are there.
+
+    Args:
+        paths: files and folders, of photos that can be read.
+        max_side: as of `load_photos`.
+
+    Raises:
+        PhotoError: a folder cannot be read.
+    """
+    most = 0
+    for file in (file for path in paths for file in _files(Path(path))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=_FORMATS) as image:
+                _draft(image, max_side)
+                copies = 5 if image.has_transparency_data else 1 if image.mode == "RGB" else 2
+                copies += 4 * image.mode.startswith("I") + 2 * ("progressive" in image.info)  # decoders hold coefficients
+                pixels = image.height * (copies * image.width + min(image.width, max_side))  # the last of a half-done resize
+        most = max(most, file.stat().st_size + PIXEL_BYTES * pixels)
+    return most
 
 
 def load_made_images(paths: Sequence[Path]) -> list[Image.Image]:
@@ -199,17 +225,22 @@ def _decode(content: bytes, path: Path, max_side: int | None) -> Image.Image:
 
 def _upright_rgb(image: Image.Image, max_side: int | None) -> Image.Image:
     if max_side is not None:
-        # A JPEG decoder can drop to 1/2, 1/4 or 1/8 for free. Twice the wanted size is kept for a clean final filter.
-        scale = min(1.0, 2 * max_side / max(image.size))
-        image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        _draft(image, max_side)
     turn = _UPRIGHT.get(_orientation(image))
+    image.load()  # before it is made smaller, which would ask the decoder to draft once more
     rgb = _rgb(image)
     if max_side is not None:
         rgb.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if turn is not None:
-        rgb = rgb.transpose(turn)
+    # A copy knows nothing of the file, and is one of the small image alone.
+    rgb = rgb.transpose(turn) if turn is not None else rgb.copy() if rgb is image else rgb
     rgb.info = {}
     return rgb
+
+
+def _draft(image: Image.Image, max_side: int) -> None:
+    """Let a JPEG decoder drop to 1/2, 1/4 or 1/8, for free. Twice the wanted size is kept for a clean final filter."""
+    scale = min(1.0, 2 * max_side / max(image.size))
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -219,7 +250,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def _orientation(image: Image.Image) -> int:

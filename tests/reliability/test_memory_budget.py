@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from pocketune import guard, personalize
+from pocketune import guard, job, personalize
+from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.planning import plan_memory
 from pocketune.budget.search import MemoryPlan
 from pocketune.errors import BudgetError, PlanError, RunError
 from pocketune.phases import budget as budgeting
 from pocketune.progress import Progress
 from pocketune.record import RunRecord
+from pocketune.units import readable_size
 from tests.reliability.test_job import LORA, quick_recipe
 
 
@@ -78,6 +80,9 @@ def test_stopped_near_the_budget_and_resumed_with_a_larger_one(
     ]
     assert "add --resume" in told[0] and "--resume" not in told[1]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003.safetensors"]
+    less = plan["needs_bytes"] - 1
+    with pytest.raises(PlanError, match="as it was planned, budget"):
+        personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run", memory_budget=less, resume=True)
     personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run", memory_budget="30GiB", resume=True)
     assert (tmp_path / "run" / LORA).read_bytes() == (tmp_path / "whole" / LORA).read_bytes()
 
@@ -93,10 +98,29 @@ def test_a_reading_above_the_limit_interrupts() -> None:
 
 
 def test_a_full_gpu_stops_the_job_too() -> None:
-    watcher = guard.Guard(1000, device_budget_bytes=500, device_bytes=lambda: 499)
+    watcher = guard.Guard(10**9, device_budget_bytes=500_000_000, device_bytes=lambda: 499_000_000)
     watcher._interrupts = False
     watcher(guard.MemoryReading(1, 1, 0))
     assert watcher.tripped is not None
+    ledger = Ledger(
+        phases=(PhaseLedger(name="training", items=(Item(name="x", bytes=400_000_000, formula="", place="device"),)),)
+    )
+    plan = MemoryPlan(recipe=quick_recipe(), ledger=ledger, needs_bytes=1, budget_bytes=10**9, device_budget_bytes=500_000_000)
+    told = str(budgeting.exceeded(watcher, plan, "training", kept=True))
+    assert told.startswith(f"memory of the GPU reached {readable_size(499_000_000)} in the phase training")
+    assert f"the {readable_size(500_000_000)} that were free" in told and f"predicted: {readable_size(400_000_000)}" in told
+
+
+@pytest.mark.usefixtures("planned_here")
+def test_photos_are_counted_once(tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts them beside the libraries, which are measured before the photos are there."""
+    done: list[str] = []
+    for name in ("measured_floor", "load_photos"):
+        real = getattr(job, name)
+        monkeypatch.setattr(job, name, lambda *a, name=name, real=real, **k: (done.append(name), real(*a, **k))[1])
+    with pytest.raises(PlanError):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(), out=tmp_path / "run", memory_budget="50MB")
+    assert done == ["measured_floor", "load_photos"]
 
 
 @pytest.mark.usefixtures("planned_here")

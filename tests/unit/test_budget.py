@@ -1,16 +1,19 @@
 """Memory plans: ledgers add up, nothing is loaded for them, a larger budget never makes a worse plan, and refusals help."""
 
+import io
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from pocketune import cli
-from pocketune.budget import apart, planning
+from pocketune.budget import apart, planner, planning
 from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ladder import changes, rungs
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
@@ -22,12 +25,14 @@ from pocketune.budget.whole import Ledgers, Setting
 from pocketune.cgroups import CgroupLimits
 from pocketune.errors import PlanError
 from pocketune.models.load import ModelFolder
+from pocketune.photos import reading_bytes
 from pocketune.profile import PROFILES, profile_named
 from pocketune.recipe import Recipe
 from pocketune.units import readable_size
 from pocketune.weights import mapped, stream
 
 FLOOR = 100_000_000
+Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")
 
 
@@ -101,6 +106,40 @@ def test_weights_are_no_activations(steps: list[tuple[Recipe, Ledger]]) -> None:
             for weights in ("resident", "streamed")
         )
         assert 0 < resident <= streamed
+
+
+def test_made_images_stay_in_memory(ledgers: Ledgers) -> None:
+    """Before and after, of every prompt; those of the class are read back from disk when the model is gone."""
+    ledger = ledgers(asked(sample_prompts=("a toy",) * 50, class_prompt="a toy", class_images=30))
+    assert phase_of(ledger, "samples").item("images") == 2 * 50 * 64 * 64 * 4
+    assert phase_of(ledger, "class images").item("images") == 30 * 64 * 64 * 4
+    assert phase_of(ledger, "class images").item("class images") == 0
+
+
+def test_a_photo_is_planned_with_the_pixels_of_its_file(tiny_model: ModelFolder, tmp_path: Path) -> None:
+    for name in ("whole.png", "see-through.png"):
+        Image.new("RGBA" if name.startswith("see") else "RGB", (300, 200)).save(tmp_path / name)
+        path = tmp_path / name
+        read = reading_bytes([path], max_side=100)
+        assert read == path.stat().st_size + 4 * 200 * ((5 if name.startswith("see") else 1) * 300 + 100)
+        setting = Setting(folder=tiny_model, device=CPU, floor_bytes=FLOOR, photos=(1,), photo_reading_bytes=read)
+        assert phase_of(Ledgers(setting)(asked()), "photos").bytes() == FLOOR + 4 + read
+    assert reading_bytes([tmp_path], max_side=100) == read
+
+
+def test_what_earlier_phases_leave_is_planned(ledgers: Ledgers) -> None:
+    ledger = ledgers(asked(skip="0-1"))
+    left = [phase.name for phase in ledger.phases if phase.item("left by earlier phases")]
+    assert left == ["features", "training", "saving", "samples"]
+
+
+def test_the_planner_measures_the_libraries_that_a_job_has(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """With a memory budget, jobs hide scipy."""
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    monkeypatch.setattr(planning, "answer", lambda _: {"hidden": sys.modules.get("scipy", "shown") is None})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{}"))
+    planner.main()
+    assert json.loads(capsys.readouterr().out) == {"hidden": True}
 
 
 def test_skipped_blocks_have_a_phase_and_a_cache_on_disk(ledgers: Ledgers) -> None:

@@ -15,7 +15,7 @@ from pocketune.errors import PlanError
 from pocketune.recipe import Recipe
 from pocketune.units import readable_size
 
-_PLANNER = "pocketune.budget.planning"
+_PLANNER = "pocketune.budget.planner"
 
 
 @dataclass(frozen=True, kw_only=True)

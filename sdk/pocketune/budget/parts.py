@@ -20,6 +20,7 @@ from pocketune.models.base import denoise
 from pocketune.models.encoders import use_tiles
 from pocketune.models.load import ModelFolder
 from pocketune.models.quiet import building
+from pocketune.photos import PIXEL_BYTES
 from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.sample import BATCH
@@ -57,6 +58,7 @@ def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> 
             largest,
             device,
             passing_bytes=0 if streamed else moved,
+            encoders=_encoder_count(folder),
         ),
         flops=flops * (1 + (recipe.class_prompt is not None)),
     )
@@ -120,6 +122,7 @@ def samples_phase(
         device: where the arithmetic is done.
     """
     streamed = recipe.weights == "streamed"
+    made = rounds * images
     batch = 1 if streamed else min(BATCH, images)
     side = resolution // folder.vae_scale
     unpacked = recipe.model_copy(update={"weight_bits": None})
@@ -142,18 +145,22 @@ def samples_phase(
     larger = max(denoising, decoding, key=lambda passed: passed.bytes)
     return PhaseLedger(
         name="samples",
-        items=_items(
-            (
-                (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
-                ("trained parameters", trained_bytes, "the result"),
-                (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
-                (ENCODERS, sum(encoders), str(text_dtype).removeprefix("torch.") + _where(streamed)),
-                (ACTIVATIONS, larger.bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
+        items=(
+            Item(name="images", bytes=made * resolution**2 * PIXEL_BYTES, formula=f"{made} of {resolution} x {resolution} px"),
+            *_items(
+                (
+                    (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
+                    ("trained parameters", trained_bytes, "the result"),
+                    (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
+                    (ENCODERS, sum(encoders), str(text_dtype).removeprefix("torch.") + _where(streamed)),
+                    (ACTIVATIONS, larger.bytes, f"{'decoding' if larger is decoding else 'denoising'} {batch} images"),
+                ),
+                buffer,
+                device,
+                passing_bytes=0 if streamed else vae_bytes + (0 if text_dtype == torch.float32 else sum(encoders)),
+                convolutions=len(denoising.convolutions | decoding.convolutions),
+                encoders=len(encoders),
             ),
-            buffer,
-            device,
-            passing_bytes=0 if streamed else vae_bytes + (0 if text_dtype == torch.float32 else sum(encoders)),
-            convolutions=len(denoising.convolutions | decoding.convolutions),
         ),
         flops=(denoising.flops * recipe.sample_steps + decoding.flops) * -(-images // batch) * rounds,
     )
@@ -166,6 +173,7 @@ def _items(
     *,
     passing_bytes: int,
     convolutions: int = 0,
+    encoders: int = 0,
 ) -> tuple[Item, ...]:
     """Items of parts by name, size and formula; `passing_bytes` of weights at once are in main memory on their way to a GPU."""
     place: Place = "device" if device.type == "cuda" else "host"
@@ -174,7 +182,7 @@ def _items(
         items.append(Item(name=BUFFER, bytes=buffer, formula="a tile of one weight"))
     if place == "device" and passing_bytes:
         items.append(Item(name="weights on their way", bytes=passing_bytes, formula="loaded, then moved to the GPU"))
-    return (*items, heap(convolutions))
+    return (*items, heap(convolutions, encoders=encoders))
 
 
 def _pass(run: Callable[[], Any], model: nn.Module) -> _Pass:
@@ -203,6 +211,10 @@ def _vae(folder: ModelFolder, recipe: Recipe, *, dtype: torch.dtype) -> tuple[An
     if recipe.vae_tile is not None:
         use_tiles(vae, recipe.vae_tile, scale=folder.vae_scale)
     return vae.requires_grad_(False), buffer
+
+
+def _encoder_count(folder: ModelFolder) -> int:
+    return len([part for part in folder.family.text_encoders if folder.has(part)])
 
 
 def _length(folder: ModelFolder, part: str) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
-import sys
+from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from pocketune.budget.whole import Ledgers, Setting
 from pocketune.memory import read_memory
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.models.published import PUBLISHED, PublishedModel
-from pocketune.photos import MAX_PHOTO_SIDE, load_photos
+from pocketune.photos import MAX_PHOTO_SIDE, load_photos, reading_bytes
 from pocketune.recipe import Recipe
 from pocketune.sample import device_named
 
@@ -34,12 +33,13 @@ def plan_memory(recipe: Recipe, question: Question) -> MemoryPlan:
     folder = model_to_plan(question.model)
     floor = measured_floor(folder) if question.floor_bytes is None else question.floor_bytes
     device = device_named(question.device)
-    photo_pixels = None
+    photo_pixels, photo_reading = None, 0
     if question.photos:
         photos = load_photos(question.photos, max_side=MAX_PHOTO_SIDE)
         photo_pixels = tuple(photo.image.width * photo.image.height for photo in photos)
         del photos
-    setting = Setting(folder=folder, device=device, floor_bytes=floor, photos=photo_pixels)
+        photo_reading = reading_bytes(question.photos, max_side=MAX_PHOTO_SIDE)
+    setting = Setting(folder=folder, device=device, floor_bytes=floor, photos=photo_pixels, photo_reading_bytes=photo_reading)
     return choose(
         recipe,
         Ledgers(setting),
@@ -75,15 +75,10 @@ def measured_floor(folder: ModelFolder) -> int:
     return read_memory().rss_bytes
 
 
-def _answer() -> None:
-    asked = json.load(sys.stdin)
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `ask_apart` asks: a memory plan, or what planning refuses, as plain data."""
     try:
         recipe = Recipe.create(**asked["recipe"])
-        answer = plan_memory(recipe, Question(**asked["question"])).as_dict()
+        return plan_memory(recipe, Question(**asked["question"])).as_dict()
     except errors.PocketuneError as error:
-        answer = {"error": str(error), "kind": type(error).__name__}
-    sys.stdout.write(json.dumps(answer) + "\n")
-
-
-if __name__ == "__main__":
-    _answer()
+        return {"error": str(error), "kind": type(error).__name__}

@@ -11,6 +11,7 @@ from pocketune.budget.constants import (
     CONVOLUTION_BYTES,
     CONVOLUTION_BYTES_PER_SHAPE,
     HEAP_BYTES,
+    HEAP_BYTES_PER_ENCODER,
     HEAP_BYTES_PER_TENSOR,
 )
 from pocketune.budget.encoders import ShapeFolder
@@ -212,14 +213,17 @@ def follow(live: LiveBytes, adapter: DenoiserAdapter) -> None:
     live.follow(adapter.model, lambda path: kinds.get(path.rsplit(".", 1)[-1]))
 
 
-def heap(convolutions: int, trained_tensors: int = 0) -> Item:
-    """What no tensor shows; `convolutions` differ in shape, and overlap in their windows."""
+def heap(convolutions: int, trained_tensors: int = 0, *, encoders: int = 0) -> Item:
+    """What no tensor shows; `convolutions` differ in shape, and overlap in their windows; `encoders` are of text."""
     size = HEAP_BYTES + HEAP_BYTES_PER_TENSOR * trained_tensors
     formula = f"{HEAP_BYTES / 1e6:.0f} MB + {HEAP_BYTES_PER_TENSOR / 1e3:.0f} kB x {trained_tensors} trained tensors, fitted"
     if convolutions:
         size += CONVOLUTION_BYTES + CONVOLUTION_BYTES_PER_SHAPE * convolutions
         each = f"{CONVOLUTION_BYTES / 1e6:.0f} MB + {CONVOLUTION_BYTES_PER_SHAPE / 1e3:.0f} kB x {convolutions}"
         formula += f"; {each} shapes of convolutions"
+    if encoders:
+        size += HEAP_BYTES_PER_ENCODER * encoders
+        formula += f"; {HEAP_BYTES_PER_ENCODER / 1e6:.0f} MB x {encoders} text encoders"
     return Item(name=HEAP, bytes=size, formula=formula, fixed=True)
 
 

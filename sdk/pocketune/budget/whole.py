@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pocketune.budget.constants import LEFT_BYTES
 from pocketune.budget.inputs import text_tokens
 from pocketune.budget.ledger import Item, Ledger, PhaseLedger
 from pocketune.budget.parts import latents_phase, posteriors_item, samples_phase, text_phase
@@ -14,6 +15,7 @@ from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_ph
 from pocketune.checkpoint import CHECKPOINT_COPIES
 from pocketune.features.precompute import predicted_bytes
 from pocketune.models.load import ModelFolder
+from pocketune.photos import PIXEL_BYTES
 from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.skipping import plan_of
 from pocketune.recipe import Recipe
@@ -22,8 +24,6 @@ from pocketune.sampling.choices import low_side
 from pocketune.sampling.draws import pool_size, refresh_periods
 from pocketune.sampling.patches import patch_sides
 
-PIXEL_BYTES = 4
-"""Of a photo in memory, as Pillow holds it."""
 _TYPICAL_COUNT, _TYPICAL_SIDE = 5, 1024
 
 
@@ -36,6 +36,7 @@ class Setting:
         device: where the arithmetic is done.
         floor_bytes: of interpreter and libraries.
         photos: pixels of each; None: a typical handful.
+        photo_reading_bytes: that one of them takes while it is read.
         tokens: of the text; None: the model's.
     """
 
@@ -43,6 +44,7 @@ class Setting:
     device: torch.device
     floor_bytes: int
     photos: tuple[int, ...] | None = None
+    photo_reading_bytes: int = 0
     tokens: int | None = None
 
     @property
@@ -82,18 +84,19 @@ class Ledgers:
         held = (recipe.weights, recipe.dtype)
         packed = (*held, recipe.weight_bits, plan, shapes)
         if folder.has("vae"):
-            yield PhaseLedger(name="photos", items=())
+            yield _photos(self._setting.photo_reading_bytes)
             yield self._once(lambda: text_phase(folder, recipe, device=device), "text", *held, recipe.class_prompt is None)
             if recipe.class_prompt is not None:
-                kept = (_class_images(recipe.class_images, resolution),)
                 made = self._sampling(recipe, resolution, images=recipe.class_images, rounds=1, trained_bytes=0)
-                yield _with(replace(made, name="class images"), kept)
+                yield replace(made, name="class images")
+                kept = (_class_images(recipe.class_images, resolution),)
             kept = (posteriors_item(folder, crops=in_use, side=shapes.side), *kept)
             latents = self._once(
                 lambda: latents_phase(folder, recipe, resolution=side, crops=encoded, device=device),
                 *("latents", *held, recipe.vae_tile, side, encoded),
             )
             yield _with(latents, kept)
+            kept = (*kept, Item(name="left by earlier phases", bytes=LEFT_BYTES, formula="fitted", fixed=True))
         if plan.skipped and recipe.use_residuals:
             features = self._once(
                 lambda: features_phase(folder, recipe, plan, shapes, draws=draws, device=device), "features", *packed, draws
@@ -152,6 +155,11 @@ def _shapes(recipe: Recipe, setting: Setting) -> Shapes:
         samples=recipe.batch_size * _kinds(recipe),
         low_side=None if low is None else low // folder.vae_scale,
     )
+
+
+def _photos(reading_bytes: int) -> PhaseLedger:
+    item = Item(name="a photo while it is read", bytes=reading_bytes, formula="the largest one, as it is in its file")
+    return PhaseLedger(name="photos", items=(item,) if reading_bytes else ())
 
 
 def _class_images(count: int, side: int) -> Item:

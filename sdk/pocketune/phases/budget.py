@@ -12,11 +12,10 @@ import torch
 
 from pocketune.atomic import write_text
 from pocketune.budget.apart import Question, within_limits
-from pocketune.budget.planning import measured_floor, plan_memory_apart
+from pocketune.budget.planning import plan_memory_apart
 from pocketune.budget.search import MemoryPlan
-from pocketune.errors import BudgetError, RecipeError, RunError
+from pocketune.errors import BudgetError, PlanError, RecipeError, RunError
 from pocketune.guard import Guard
-from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
 from pocketune.units import readable_size
 from pocketune.watch import Watch
@@ -29,7 +28,7 @@ def memory_plan_of(
     budget_bytes: int,
     *,
     model: str,
-    folder: ModelFolder,
+    floor_bytes: int,
     run: Path,
     resume: bool,
     photos: Sequence[str],
@@ -43,7 +42,7 @@ def memory_plan_of(
         recipe: what is asked.
         budget_bytes: main memory.
         model: as of `personalize`.
-        folder: the model, opened.
+        floor_bytes: of interpreter and libraries, without the photos.
         run: the RUN folder.
         resume: whether a job goes on.
         photos: their paths.
@@ -52,7 +51,7 @@ def memory_plan_of(
         watch: of the job.
 
     Raises:
-        PlanError: nothing fits.
+        PlanError: nothing fits, or not the plan that the job was begun with.
         RunError: `RUN/plan.json` is not readable.
     """
     with watch.phase("plan"):
@@ -60,6 +59,12 @@ def memory_plan_of(
         kept = run / PLAN_FILE
         if resume and kept.is_file():
             memory_plan = replace(_kept_memory_plan(kept, recipe), budget_bytes=bound)
+            if bound is not None and memory_plan.needs_bytes > bound:
+                msg = (
+                    f"the run in {run} needs {readable_size(memory_plan.needs_bytes)} as it was planned, budget "
+                    f"{readable_size(bound)}. Give as much to go on, or start anew with the smaller budget in another --out."
+                )
+                raise PlanError(msg)
         elif made is not None:
             memory_plan = MemoryPlan.from_dict(recipe, made)
         else:
@@ -67,7 +72,7 @@ def memory_plan_of(
                 model=model,
                 budget_bytes=bound,
                 device=str(device),
-                floor_bytes=measured_floor(folder),
+                floor_bytes=floor_bytes,
                 photos=tuple(photos),
             )
             memory_plan = plan_memory_apart(recipe, question)
@@ -91,13 +96,28 @@ def guard_of(memory_plan: MemoryPlan, device: torch.device) -> Guard:
 
 def exceeded(guard: Guard, memory_plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
     """What to tell about a job that was stopped; kept: whether RUN is there to go on with."""
-    rss = readable_size(guard.tripped.rss_bytes) if guard.tripped else "?"
-    budget, peak = readable_size(memory_plan.budget_bytes or 0), readable_size(memory_plan.ledger.peak_bytes())
+    ledger, rss = memory_plan.ledger, guard.tripped.rss_bytes if guard.tripped else 0
+    what, reached, budget, peak, more = (
+        (
+            "memory",
+            rss,
+            f"the budget of {readable_size(memory_plan.budget_bytes or 0)}",
+            ledger.peak_bytes(),
+            "a larger --memory-budget",
+        )
+        if guard.device_bytes is None
+        else (
+            "memory of the GPU",
+            guard.device_bytes,
+            f"the {readable_size(memory_plan.device_budget_bytes or 0)} that were free",
+            ledger.peak_bytes("device"),
+            "more of it free",
+        )
+    )
     again = "What was done is kept: add --resume and" if kept else "Nothing was done that could be kept: start again with"
     msg = (
-        f"memory reached {rss} in the phase {phase}, which is close to the budget of {budget} "
-        f"(predicted: {peak}). {again} a larger --memory-budget, or start anew with a lower "
-        "resolution."
+        f"{what} reached {readable_size(reached)} in the phase {phase}, which is close to {budget} "
+        f"(predicted: {readable_size(peak)}). {again} {more}, or start anew with a lower resolution."
     )
     return BudgetError(msg)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +27,25 @@ def make_class_images(job: Job) -> list[Image.Image]:
     paths = class_image_paths(job.run, count)
     with job.watch.phase("class images"):
         if not all(path.exists() for path in paths):
-            images = run_pipeline(
-                job.pipeline(),
-                job.folder,
-                [prompt] * count,
-                seeds=[job.recipe.seed + number for number in range(count)],
-                steps=job.recipe.sample_steps,
-                guidance=job.recipe.guidance_scale,
-                resolution=job.resolution,
-                batch=job.sampling_batch,
-                on_image=lambda done, total: job.watch.tell("class images", done, total, "image"),
-            )
-            for image, path in zip(images, paths, strict=True):
-                _save_png(image, path)
+            _sample_class_images(job, prompt, paths)
         return load_made_images(paths)
+
+
+def _sample_class_images(job: Job, prompt: str, paths: Sequence[Path]) -> None:
+    """They are read back from disk, by every run alike; those made here are gone then."""
+    images = run_pipeline(
+        job.pipeline(),
+        job.folder,
+        [prompt] * len(paths),
+        seeds=[job.recipe.seed + number for number in range(len(paths))],
+        steps=job.recipe.sample_steps,
+        guidance=job.recipe.guidance_scale,
+        resolution=job.resolution,
+        batch=job.sampling_batch,
+        on_image=lambda done, total: job.watch.tell("class images", done, total, "image"),
+    )
+    for image, path in zip(images, paths, strict=True):
+        _save_png(image, path)
 
 
 def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
