@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pocketune.pocket import sd3
 from pocketune.pocket.autoencoder import ImageBatches, new_autoencoder, train_autoencoder
 from pocketune.pocket.denoiser import PocketDenoiser, train_denoiser
-from pocketune.pocket.pool import SIDES, prepare_latents
+from pocketune.pocket.pool import prepare_latents
 from pocketune.pocket.runs import StageRun
 from pocketune.pocket.scenes import (
     CLASSES,
@@ -53,7 +53,7 @@ def test_one_biased_token_stands_for_many_zero_tokens() -> None:
 
 @pytest.mark.parametrize("pocket", [sd3.SD3, SD15], ids=lambda pocket: pocket.component)
 def test_stage_resumes_exactly(tmp_path: Path, pocket: PocketDenoiser) -> None:
-    pocket = replace(pocket, batches=dict.fromkeys(SIDES, 2))
+    pocket = replace(pocket, batches={128: 2, 64: 2})
     tokenizer = new_tokenizer()
     for suffix in ("", "_2"):
         with torch.random.fork_rng():
@@ -65,9 +65,7 @@ def test_stage_resumes_exactly(tmp_path: Path, pocket: PocketDenoiser) -> None:
         vae = new_autoencoder()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
     pool = prepare_latents(tmp_path / "latents.safetensors", vae, count=32, seed=0, device=torch.device("cpu"))
-    assert {side: tuple(latents.shape) for side, latents in pool.latents.items()} == {
-        side: (32, 8, side // 8, side // 8) for side in SIDES
-    }
+    assert pool.latents[128].shape == (32, 8, 16, 16) and pool.latents[64].shape == (32, 8, 8, 8)
 
     class Stopped(StageRun):
         def after_step(self, step: int, *rest: object) -> None:  # type: ignore[override]
@@ -88,20 +86,18 @@ def test_stage_resumes_exactly(tmp_path: Path, pocket: PocketDenoiser) -> None:
     assert pipeline("a red cat", num_inference_steps=2, height=64, width=64).images[0].size == (64, 64)
 
 
-def test_a_side_that_the_pool_lacks_is_added(tmp_path: Path) -> None:
+def test_latents_of_another_seed_do_not_serve(tmp_path: Path) -> None:
+    """Their scenes are other ones, and so are the captions."""
     with torch.random.fork_rng():
         torch.manual_seed(6)
         vae = new_autoencoder()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    path = tmp_path / "latents.safetensors"
-    whole = prepare_latents(path, vae, count=32, seed=0, device=torch.device("cpu")).latents
-    kept = {str(side): torch.zeros_like(whole[side]) for side in SIDES if side != 64}
-    save_file(kept, path, metadata={"seed": "0"})
-    added = prepare_latents(path, vae, count=32, seed=0, device=torch.device("cpu")).latents
-    assert torch.equal(added[64], whole[64])
-    assert not any(added[side].any() for side in SIDES if side != 64)  # not encoded again
-    others = prepare_latents(path, vae, count=32, seed=1, device=torch.device("cpu")).latents
-    assert all(others[side].any() for side in SIDES)  # of another seed's scenes nothing serves
+    path, cpu = tmp_path / "latents.safetensors", torch.device("cpu")
+    first = prepare_latents(path, vae, count=32, seed=0, device=cpu).latents
+    written = path.stat().st_mtime_ns
+    assert torch.equal(prepare_latents(path, vae, count=32, seed=0, device=cpu).latents[64], first[64])
+    assert path.stat().st_mtime_ns == written
+    assert not torch.equal(prepare_latents(path, vae, count=32, seed=1, device=cpu).latents[64], first[64])
 
 
 def test_shift_moves_into_convolutions() -> None:

@@ -167,13 +167,14 @@ def test_thread_ends_with_the_log_even_when_the_job_fails():
     assert "training" in log.peaks()
 
 
-def test_a_reading_that_fails_is_left_out(monkeypatch, capfd):
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), PocketuneError("no memory to read")])
+def test_a_reading_that_fails_is_left_out(monkeypatch, capfd, error):
     real = memory.read_memory
 
     def out_of_descriptors() -> MemoryReading:
         if threading.current_thread().name == "pocketune-memory":
             failures.append(1)
-            raise OSError(24, "Too many open files")
+            raise error
         return real()
 
     failures: list[int] = []

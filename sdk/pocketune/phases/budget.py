@@ -96,27 +96,17 @@ def guard_of(memory_plan: MemoryPlan, device: torch.device) -> Guard:
 
 def exceeded(guard: Guard, memory_plan: MemoryPlan, phase: str, *, kept: bool) -> BudgetError:
     """What to tell about a job that was stopped; kept: whether RUN is there to go on with."""
-    ledger, rss = memory_plan.ledger, guard.tripped.rss_bytes if guard.tripped else 0
-    what, reached, budget, peak, more = (
-        (
-            "memory",
-            rss,
-            f"the budget of {readable_size(memory_plan.budget_bytes or 0)}",
-            ledger.peak_bytes(),
-            "a larger --memory-budget",
-        )
-        if guard.device_bytes is None
-        else (
-            "memory of the GPU",
-            guard.device_bytes,
-            f"the {readable_size(memory_plan.device_budget_bytes or 0)} that were free",
-            ledger.peak_bytes("device"),
-            "more of it free",
-        )
-    )
+    if guard.device_bytes is not None:
+        what, reached, more = "memory of the GPU", guard.device_bytes, "more of it free"
+        bound = f"the {readable_size(memory_plan.device_budget_bytes or 0)} that were free"
+        peak = memory_plan.ledger.peak_bytes("device")
+    else:
+        what, reached, more = "memory", guard.tripped.rss_bytes if guard.tripped else 0, "a larger --memory-budget"
+        bound = f"the budget of {readable_size(memory_plan.budget_bytes or 0)}"
+        peak = memory_plan.ledger.peak_bytes()
     again = "What was done is kept: add --resume and" if kept else "Nothing was done that could be kept: start again with"
     msg = (
-        f"{what} reached {readable_size(reached)} in the phase {phase}, which is close to {budget} "
+        f"{what} reached {readable_size(reached)} in the phase {phase}, which is close to {bound} "
         f"(predicted: {readable_size(peak)}). {again} {more}, or start anew with a lower resolution."
     )
     return BudgetError(msg)

@@ -48,7 +48,7 @@ class PocketDenoiser:
         pipeline: the parts of the working folder as a stock diffusers pipeline.
         learning_rate: of the plateau.
         batches: samples a batch by image side in pixels.
-        shares: the share of batches of each side, from the share of steps that are done.
+        small_share: the share of batches of the small side, from the share of steps that are done.
         summary: of the model card, lines.
         example: of the model card, lines of code.
     """
@@ -59,7 +59,7 @@ class PocketDenoiser:
     pipeline: Callable[[Path], Any]
     learning_rate: float
     batches: Mapping[int, int]
-    shares: Callable[[float], Mapping[int, float]]
+    small_share: Callable[[float], float]
     summary: tuple[str, ...]
     example: tuple[str, ...]
 
@@ -82,7 +82,6 @@ def train_denoiser(
     seed: int,
     run: StageRun,
     start_from: Path | None = None,
-    learning_rate: float | None = None,
 ) -> None:
     """Train on the pool and save the averaged weights (EMA), fp16; processes share each batch.
 
@@ -94,7 +93,6 @@ def train_denoiser(
         seed: of everything that is drawn.
         run: log and restart point.
         start_from: a pipeline folder whose denoiser is trained further.
-        learning_rate: of the plateau; the architecture's own by default.
     """
     accelerator = Accelerator()
     torch.manual_seed(seed + 2)
@@ -103,8 +101,7 @@ def train_denoiser(
         model.load_state_dict(type(model).from_pretrained(start_from / pocket.component).float().state_dict())
     objective = pocket.objective(model, folder, accelerator.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    rate = learning_rate or pocket.learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=pocket.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     both = nn.ModuleDict({"model": model, "average": average})
     done = run.restore(both, optimizer, schedule)
@@ -114,8 +111,7 @@ def train_denoiser(
     for step in range(done, steps):
         rng = np.random.default_rng([seed, 5, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        shares = pocket.shares(step / steps)
-        side = int(rng.choice(list(shares), p=list(shares.values())))
+        side = 64 if rng.random() < pocket.small_share(step / steps) else 128
         chosen = drawable[rng.integers(len(drawable), size=pocket.batches[side])]
         latents = pool.latents[side][torch.from_numpy(chosen)].float()
         drawn = objective.draw(latents, [training_caption(pool.scenes[i], rng) for i in chosen], rng, generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,45 +39,34 @@ class LatentPool:
 
 
 class _Renders(Dataset[dict[int, Tensor]]):
-    def __init__(self, seed: int, count: int, sides: Sequence[int]) -> None:
-        self._seed, self._count, self._sides = seed, count, sides
+    def __init__(self, seed: int, count: int) -> None:
+        self._seed, self._count = seed, count
 
     def __len__(self) -> int:
         return self._count // 32
 
     def __getitem__(self, index: int) -> dict[int, Tensor]:
         scenes = [_scene(self._seed, number) for number in range(index * 32, index * 32 + 32)]
-        return {side: torch.from_numpy(np.stack([np.asarray(render(s, size=side)) for s in scenes])) for side in self._sides}
+        return {side: torch.from_numpy(np.stack([np.asarray(render(s, size=side)) for s in scenes])) for side in SIDES}
 
 
 @torch.no_grad()
 def prepare_latents(path: Path, vae: AutoencoderKL, *, count: int, seed: int, device: torch.device) -> LatentPool:
-    """Render and encode `count` scenes at every size, but for those of which `path` holds that many of the seed already."""
+    """Render and encode `count` scenes at both sizes, or load them if `path` already holds that many of this seed."""
     scenes = [_scene(seed, number) for number in range(count)]
-    stored = _stored(path, seed=seed)
-    latents = {side: stored[side][:count] for side in SIDES if side in stored and len(stored[side]) >= count}
-    missing = [side for side in SIDES if side not in latents]
-    if not missing:
-        return LatentPool(scenes, latents)
+    if path.exists() and _seed_of(path) == str(seed):  # captions are those of the seed's scenes
+        stored = load_file(path)
+        if len(stored["128"]) >= count:
+            return LatentPool(scenes, {side: stored[str(side)][:count] for side in SIDES})
     vae = vae.to(device)
-    parts: dict[int, list[Tensor]] = {side: [] for side in missing}
-    for pixels in DataLoader(_Renders(seed, count, missing), batch_size=None, num_workers=1, prefetch_factor=8):
+    parts: dict[int, list[Tensor]] = {side: [] for side in SIDES}
+    for pixels in DataLoader(_Renders(seed, count), batch_size=None, num_workers=1, prefetch_factor=8):
         for side, images in pixels.items():
             mean = vae.encode(to_unit(images.to(device))).latent_dist.mean
             parts[side].append(((mean - vae.config.shift_factor) * vae.config.scaling_factor).half().cpu().contiguous())
-    latents |= {side: torch.cat(part) for side, part in parts.items()}
+    latents = {side: torch.cat(part) for side, part in parts.items()}
     save_file({str(side): tensor for side, tensor in latents.items()}, path, metadata={_SEED: str(seed)})
     return LatentPool(scenes, latents)
-
-
-def _stored(path: Path, *, seed: int) -> dict[int, Tensor]:
-    """What a file holds of a seed's scenes, by side."""
-    if not path.exists():
-        return {}
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get(_SEED) != str(seed):  # of other scenes, whose captions would be wrong
-            return {}
-        return {int(side): file.get_tensor(side) for side in file.keys()}  # noqa: SIM118
 
 
 def training_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -87,6 +75,11 @@ def training_caption(scene: Scene, rng: np.random.Generator) -> str:
         return ""
     identifier = IDENTIFIERS[int(rng.integers(len(IDENTIFIERS)))] if len(scene.subjects) == 1 and rng.random() < 0.05 else None
     return caption(scene, rng, identifier=identifier)
+
+
+def _seed_of(path: Path) -> str | None:
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get(_SEED)
 
 
 def _scene(seed: int, number: int) -> Scene:

@@ -134,10 +134,9 @@ def new_pipeline(work: Path) -> Any:
     )
 
 
-def shares(progress: float) -> dict[int, float]:
+def small_share(progress: float) -> float:
     """Mostly small images at first, which cost a quarter and teach what words mean; mostly large ones at the end."""
-    small = 0.7 - 0.6 * progress
-    return {64: small, 128: 1 - small}
+    return 0.7 - 0.6 * progress
 
 
 SD15 = PocketDenoiser(
@@ -147,7 +146,7 @@ SD15 = PocketDenoiser(
     pipeline=new_pipeline,
     learning_rate=1e-3,
     batches={128: 32, 64: 96},
-    shares=shares,
+    small_share=small_share,
     summary=(
         "A small Stable-Diffusion-1.5-style pipeline, trained from nothing on scenes that Pocketune renders: a U-Net of three",
         "resolutions with cross-attention, a VAE with 8x down-sampling and 8 latent channels, a CLIP-style text encoder.",

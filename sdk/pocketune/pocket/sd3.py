@@ -179,7 +179,7 @@ SD3 = PocketDenoiser(
     pipeline=new_pipeline,
     learning_rate=1.5e-3,
     batches={128: 32, 64: 64},
-    shares=lambda _: {128: 0.65, 64: 0.35},
+    small_share=lambda _: 0.35,
     summary=(
         "A small Stable-Diffusion-3-style pipeline, trained from nothing on scenes that Pocketune renders:",
         "12 joint MMDiT blocks of width 128, a VAE with 8x down-sampling and 8 latent channels, two CLIP-style text encoders.",

@@ -43,7 +43,6 @@ def train(
     steps: int,
     scenes: int,
     start_from: Path | None = None,
-    learning_rate: float | None = None,
     interim: bool = False,
 ) -> None:
     """Run the named stages in order; what another stage made is loaded from the folder.
@@ -65,8 +64,7 @@ def train(
         pool = prepare_latents(work / "latents.safetensors", vae, count=scenes, seed=seed, device=device)
         logger.info("training the denoiser for %d steps", steps)
         run = StageRun(work / "denoiser-run")
-        rate = learning_rate
-        train_denoiser(pocket, work, pool, steps=steps, seed=seed, run=run, start_from=start_from, learning_rate=rate)
+        train_denoiser(pocket, work, pool, steps=steps, seed=seed, run=run, start_from=start_from)
     if "assemble" in stages and PartialState().is_main_process:
         assemble(pocket, work, out, start_from=start_from, interim=interim)
         logger.info("wrote %s", out)
@@ -101,7 +99,6 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=40000, help="denoiser steps")
     parser.add_argument("--start-from", type=Path, help="a finished model folder whose denoiser is trained further")
-    parser.add_argument("--learning-rate", type=float, help="of the denoiser; the model's own by default")
     parser.add_argument("--interim", action="store_true", help="mark the model as one to be trained further")
     parser.add_argument("--scenes", type=int, default=40000, help="rendered scenes in the denoiser's pool")
     options = parser.parse_args()
@@ -120,7 +117,6 @@ def main() -> None:
         steps=options.steps,
         scenes=options.scenes,
         start_from=options.start_from,
-        learning_rate=options.learning_rate,
         interim=options.interim,
     )
 
