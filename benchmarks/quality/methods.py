@@ -53,6 +53,18 @@ BY_SCHEDULE = (
     ),
     Method(name="zo", label="zeroth order from scratch (MeZO)", source="lora", changes={"gradient": "zeroth_order"}),
     Method(name="bp-low-zo-high", label="BP-low, then ZO-high by schedule", source="lora", changes={"gradient": "mixed"}),
+    Method(
+        name="bp-low-own",
+        label="BP-low, positions of images of their own",
+        source="lora",
+        changes={"gradient": "mixed", "mix_largest": 0.0, "positions": "own"},
+    ),
+    Method(
+        name="bp-low-zo-high-own",
+        label="BP-low, then ZO-high, positions of images of their own",
+        source="lora",
+        changes={"gradient": "mixed", "positions": "own"},
+    ),
 )
 """Rows of selective optimization."""
 PACKED = tuple(
@@ -104,6 +116,7 @@ METHODS = {
         Method(name="none", label="no training", source="model"),
         _lora("lora", "full LoRA"),
         _patches("patches", "dynamic patches"),
+        _patches("patches-own", "dynamic patches, positions of images of their own", positions="own"),
         _patches("patches-resize", "whole photos at the size of the patches", "resize"),
         _patches("patches-high-to-low", "patches smaller at more noise", "high-to-low"),
         _patches("patches-random", "patches of random size", "random"),
@@ -113,6 +126,12 @@ METHODS = {
         _patches("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3"),
         _patches("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4"),
         _patches("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto"),
+        _patches(
+            "skip50-patches-own",
+            "half the blocks skipped, dynamic patches, positions of images of their own",
+            skip="auto",
+            positions="own",
+        ),
         _lora("skip50-no-residuals", "half the blocks skipped, no residuals", skip="auto", use_residuals=False),
         _lora("first50", "the first half of the blocks skipped", skip="first:0.5"),
         _lora("last50", "the last half of the blocks skipped", skip="last:0.5"),
@@ -131,7 +150,7 @@ COMMON = ("none", "lora", "patches", "renders")
 GROUPS = {
     "block-skip": (
         *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
-        *("skip50-no-residuals", "first50", "last50", "renders"),
+        *("patches-own", "skip50-patches-own", "skip50-no-residuals", "first50", "last50", "renders"),
     ),
     "patch-sizes": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
     "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),

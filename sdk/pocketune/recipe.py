@@ -94,6 +94,11 @@ class Recipe(BaseModel):
         default=None, ge=16, description="Side of the smallest patch and of all training images; default: half the resolution."
     )
     patch_max: int | None = Field(default=None, ge=16, description="Side of the largest patch; default: the resolution.")
+    positions: Literal["canvas", "own"] | None = Field(
+        default=None,
+        description="Positions of patches and of images at low resolution: those of their place on the canvas, or those of an "
+        "image of their own size; default: the canvas', where the model can.",
+    )
 
     steps: int = Field(default=500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=1, ge=1)
@@ -195,6 +200,10 @@ class Recipe(BaseModel):
             (
                 self.patches == "resize" and self.patch_max,
                 'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.',
+            ),
+            (
+                self.positions is not None and self.patches == "none" and self.gradient != "mixed",
+                "positions are those of smaller images than the canvas, and there are none. Set patches, or leave it out.",
             ),
             (
                 self.skip == "none" and not self.use_residuals,

@@ -32,7 +32,15 @@ def clip_tokens(folder: ModelFolder, part: str) -> int:
 
 
 def shaped_batch(
-    folder: ModelFolder, adapter: DenoiserAdapter, plan: BlockPlan, make: Make, *, samples: int, side: int, tokens: int
+    folder: ModelFolder,
+    adapter: DenoiserAdapter,
+    plan: BlockPlan,
+    make: Make,
+    *,
+    samples: int,
+    side: int,
+    tokens: int,
+    placed: bool = False,
 ) -> Batch:
     """A batch, with features of the skipped spans.
 
@@ -44,6 +52,7 @@ def shaped_batch(
         samples: of the batch.
         side: of the latents.
         tokens: of the text.
+        placed: whether images have a place on a canvas.
     """
     sizes, flow = folder.sizes, folder.family.flow_matching
     latents = make(samples, sizes.channels, side, side)
@@ -59,6 +68,7 @@ def shaped_batch(
             hidden=make(samples, tokens, sizes.text_width),
             pooled=make(samples, sizes.pooled_width) if sizes.pooled_width else None,
             sizes=make(samples, 6) if folder.family.takes_sizes else None,
+            place=make(samples, 4) if placed else None,
         ),
         loss_weights=make(samples),
     )

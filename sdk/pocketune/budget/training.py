@@ -47,16 +47,18 @@ class Shapes:
         tokens: of the text.
         samples: of a batch, class images included.
         low_side: of the latents that mixed training backpropagates on; None: all steps work at one size.
+        canvas: on which training images have their place; None: they have positions of their own.
     """
 
     side: int
     tokens: int
     samples: int = 1
     low_side: int | None = None
+    canvas: int | None = None
 
     def table_side(self, folder: ModelFolder) -> int | None:
         """To which the job crops a table of positions."""
-        return table_side(self.side, self.low_side, patch=folder.sizes.patch)
+        return self.canvas or table_side(self.side, self.low_side, patch=folder.sizes.patch)
 
 
 def _free_gradients(tuned: Tuned) -> None:
@@ -105,7 +107,9 @@ def _steps(
     trained = [parameter.to("meta") for parameter in tuned.parameters.values()]
     has_moments = recipe.gradient != "zeroth_order" or recipe.zo_optimizer == "adam"
     moments = [torch.empty_like(one, device="meta") for one in trained for _ in range(2)] if has_moments else []
-    batch = shaped_batch(folder, adapter, plan, empty, samples=shapes.samples, side=side, tokens=shapes.tokens)
+    batch = shaped_batch(
+        folder, adapter, plan, empty, samples=shapes.samples, side=side, tokens=shapes.tokens, placed=shapes.canvas is not None
+    )
     live = LiveBytes()
     counted = len([one for one in weights if one.numel()])
     live.hold(weights, WEIGHTS)
@@ -180,7 +184,10 @@ def features_phase(
     blocks = range(plan.skipped_spans[-1].stop)
     adapter, tiles = denoiser_skeleton(folder, recipe, blocks=blocks, latent_side=shapes.table_side(folder))
     whole = BlockPlan(plan.block_count)
-    batch = shaped_batch(folder, adapter, whole, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens)
+    placed = shapes.canvas is not None
+    batch = shaped_batch(
+        folder, adapter, whole, empty, samples=shapes.samples, side=shapes.side, tokens=shapes.tokens, placed=placed
+    )
     live = LiveBytes()
     live.hold(held_tensors(adapter.model), WEIGHTS)
     live.hold(_tensors(batch), INPUTS)

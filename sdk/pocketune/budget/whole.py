@@ -23,6 +23,7 @@ from pocketune.sample import shown_prompts
 from pocketune.sampling.choices import low_side
 from pocketune.sampling.draws import pool_size, refresh_periods
 from pocketune.sampling.patches import patch_sides
+from pocketune.sampling.places import canvas_of
 
 _TYPICAL_COUNT, _TYPICAL_SIDE = 5, 1024
 
@@ -148,12 +149,14 @@ def _crops(recipe: Recipe, *, photos: int) -> tuple[int, int]:
 
 def _shapes(recipe: Recipe, setting: Setting) -> Shapes:
     folder, side = setting.folder, _training_side(recipe, setting.folder)
+    canvas = _resolution(recipe, folder) // folder.vae_scale
     low = low_side(recipe.low_resolution, side=side, unit=folder.resolution_unit) if recipe.gradient == "mixed" else None
     return Shapes(
         side=side // folder.vae_scale,
         tokens=setting.tokens or text_tokens(folder),
         samples=recipe.batch_size * _kinds(recipe),
         low_side=None if low is None else low // folder.vae_scale,
+        canvas=canvas_of(recipe, positions_for=folder.family.positions_for, side=canvas),
     )
 
 
@@ -171,9 +174,12 @@ def _with(phase: PhaseLedger, kept: tuple[Item, ...]) -> PhaseLedger:
     return replace(phase, items=(*phase.items, *kept))
 
 
+def _resolution(recipe: Recipe, folder: ModelFolder) -> int:
+    return recipe.resolution or folder.native_resolution
+
+
 def _training_side(recipe: Recipe, folder: ModelFolder) -> int:
-    resolution = recipe.resolution or folder.native_resolution
-    return patch_sides(recipe, resolution=resolution, unit=folder.resolution_unit)[0]
+    return patch_sides(recipe, resolution=_resolution(recipe, folder), unit=folder.resolution_unit)[0]
 
 
 def _with_floor(phase: PhaseLedger, setting: Setting) -> PhaseLedger:

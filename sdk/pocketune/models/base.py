@@ -22,12 +22,15 @@ class Prompt:
         pooled: (batch, width).
         mask: (batch, tokens), 1 where a token counts and 0 where it is padding.
         sizes: (batch, 6), SDXL's height and width of the photo, top and left of the crop, height and width of the result.
+        place: (batch, 4) in float32, each image's top, left and side on the canvas and the canvas' side, in its latent pixels;
+            None: each image is a canvas of its own.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
     sizes: Tensor | None = None
+    place: Tensor | None = None
 
 
 @dataclass(frozen=True)

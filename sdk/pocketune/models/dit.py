@@ -20,6 +20,7 @@ from torch import Tensor
 from pocketune.errors import ModelError
 from pocketune.models.base import Context, Prompt, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
+from pocketune.models.positions import embed_patches
 from pocketune.models.transformer import TransformerAdapter, sizes, unpatchify
 
 
@@ -63,9 +64,9 @@ class PixArtAdapter(TransformerAdapter):
         text = self.model.caption_projection(prompt.hidden)
         return Context(embedding, height, width, modulation=modulation, text=text, text_bias=_bias(prompt.mask, latents.dtype))
 
-    def embed(self, latents: Tensor, prompt: Prompt) -> Streams:  # noqa: ARG002 - text is no stream here
-        """Patchify latents."""
-        return (self.model.pos_embed(latents),)
+    def embed(self, latents: Tensor, prompt: Prompt) -> Streams:
+        """Patchify latents; text is no stream here."""
+        return (embed_patches(self.model.pos_embed, latents, prompt.place),)
 
     def block(self, index: int, streams: Streams, context: Context) -> Streams:
         """Run one block."""
@@ -170,6 +171,7 @@ PIXART = Family(
     text_length=fixed_length(300),
     sampling=lambda length: {"max_sequence_length": length, "clean_caption": False, "use_resolution_binning": False},
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 4.5},
+    positions_for="image",
     noise=DDPMScheduler,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -87,6 +87,7 @@ class Family:
         optional: parts that may be missing from the folder, and are then told to diffusers as None.
         left_out: parts that neither training nor sampling loads.
         takes_sizes: whether the denoiser takes the sizes of image and crop as inputs.
+        positions_for: what the denoiser gives positions to: each image, or all images of a batch in common; None: nothing.
         noise: class of the noise schedule that trains.
     """
 
@@ -111,6 +112,7 @@ class Family:
     optional: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     takes_sizes: bool = False
+    positions_for: Literal["image", "batch"] | None = None
     noise: Any = FlowMatchEulerDiscreteScheduler
 
     @property

@@ -9,9 +9,10 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from pocketune.errors import ModelError
+from pocketune.errors import ModelError, PlanError
 from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
+from pocketune.models.positions import token_places
 
 PATCH = 2  # diffusers packs 2 x 2 latent pixels into a token outside of the model, whose own patch size is 1
 NATIVE = 128  # the configuration says no size; diffusers' pipeline makes 1024-pixel images
@@ -99,7 +100,10 @@ class FluxAdapter:
         else:
             embedding = self.model.time_text_embed(timesteps, prompt.pooled)
         height, width = latents.shape[-2:]
-        positions = _positions(prompt.hidden.shape[1], height // PATCH, width // PATCH, latents.device)
+        rows, columns = (torch.arange(side // PATCH, device=latents.device) for side in (height, width))
+        if prompt.place is not None:
+            rows, columns = _place_of_all(prompt.place, side=height // PATCH)
+        positions = _positions(prompt.hidden.shape[1], rows, columns)
         return Context(embedding=embedding, height=height, width=width, rotary=self.model.pos_embed(positions))
 
     def embed(self, latents: Tensor, prompt: Prompt) -> Streams:
@@ -143,12 +147,25 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return tiles.reshape(tokens.shape[0], -1, height, width)
 
 
-def _positions(text_tokens: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """(text and image tokens, 3): zeros for text; 0, row and column for image tokens."""
-    grid = torch.zeros(rows, columns, 3, device=device)
-    grid[..., 1] = torch.arange(rows, device=device)[:, None]
-    grid[..., 2] = torch.arange(columns, device=device)[None, :]
-    return torch.cat((torch.zeros(text_tokens, 3, device=device), grid.reshape(rows * columns, 3)))
+def _place_of_all(place: Tensor, *, side: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of an only image's tokens, each (side,).
+
+    Raises:
+        PlanError: there are several images; diffusers rotates a whole batch by the same positions.
+    """
+    if len(place) > 1:
+        msg = f'{len(place)} images a step share their positions in FLUX. Set positions = "own", or train on one a step.'
+        raise PlanError(msg)
+    rows, columns = token_places(place, side, patch=PATCH)
+    return rows[0], columns[0]
+
+
+def _positions(text_tokens: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """(text and image tokens, 3): zeros for text; 0, row and column for image tokens. rows, columns: those of the grid."""
+    grid = torch.zeros(len(rows), len(columns), 3, device=rows.device)
+    grid[..., 1] = rows[:, None]
+    grid[..., 2] = columns[None, :]
+    return torch.cat((torch.zeros(text_tokens, 3, device=rows.device), grid.flatten(0, 1)))
 
 
 def _sizes(config: Config) -> Sizes:
@@ -181,5 +198,6 @@ FAMILY = Family(
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 3.5},
     guided_passes=1,
     timestep_divisor=1000,
+    positions_for="batch",
     left_out=("feature_extractor", "image_encoder"),
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pocketune.models.base import Context, Prompt, Streams, TextAttention
 from pocketune.models.family import Config, Family, Parts, Sizes
+from pocketune.models.positions import embed_patches
 from pocketune.models.transformer import TransformerAdapter, sizes, unpatchify
 
 
@@ -39,7 +40,7 @@ class SD3Adapter(TransformerAdapter):
 
     def embed(self, latents: Tensor, prompt: Prompt) -> Streams:
         """Patchify latents and project text."""
-        image: Tensor = self.model.pos_embed(latents).contiguous()
+        image = embed_patches(self.model.pos_embed, latents, prompt.place).contiguous()
         text: Tensor = self.model.context_embedder(prompt.hidden)
         return image, text
 
@@ -95,6 +96,7 @@ FAMILY = Family(
     encode=_encode,
     text_length=_text_length,
     clip_text=True,
+    positions_for="image",
     sampling=lambda length: {"max_sequence_length": length},
     optional=("text_encoder_3", "tokenizer_3"),
 )

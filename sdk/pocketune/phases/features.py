@@ -110,6 +110,7 @@ def features_key(
             "skipped": plan.skipped,
             "draws": [[draw.as_dict() for draw in draws] for draws in batches],
             "resolution": [job.patches.smallest, job.low_resolution, job.recipe.vae_tile],
+            "canvas": job.canvas,
             "dtypes": [
                 job.recipe.dtype,
                 job.recipe.cache_dtype,

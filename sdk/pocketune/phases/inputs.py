@@ -63,6 +63,7 @@ def encode(
                 missing,
                 resolution=job.patches.smallest,
                 low_resolution=job.low_resolution,
+                canvas=job.canvas,
                 on_crop=lambda done, total: job.watch.tell("latents", done, total, "photo"),
             )
             del vae

@@ -22,6 +22,7 @@ from pocketune.sampling.batches import CropKey, NoiseSchedule, Posterior
 from pocketune.sampling.choices import Choice, low_side
 from pocketune.sampling.draws import refresh_periods
 from pocketune.sampling.patches import Patches, patches_of
+from pocketune.sampling.places import canvas_of
 from pocketune.tuning import METHODS
 from pocketune.watch import Watch
 from pocketune.weights.fill import RESIDENT, Residence
@@ -103,8 +104,16 @@ class Job:
         return 1 if self.parts_residence.streamed else BATCH
 
     @property
+    def canvas(self) -> int | None:
+        """Side, in latent pixels, of what training images have their place on; None: each has positions of its own."""
+        side = self.resolution // self.folder.vae_scale
+        return canvas_of(self.recipe, positions_for=self.folder.family.positions_for, side=side)
+
+    @property
     def latent_side(self) -> int | None:
         """Side of the latents to which a table of positions is cropped for training; None: it stays whole."""
+        if self.canvas is not None:
+            return self.canvas
         scale = self.folder.vae_scale
         low_side = self.low_resolution // scale if self.recipe.gradient == "mixed" else None
         return table_side(self.patches.smallest // scale, low_side, patch=self.folder.sizes.patch)
@@ -152,6 +161,7 @@ class Job:
             "feature_pools": len(refresh_periods(self.recipe)),
             "resolution": self.patches.smallest,
             "patches": self.patches.describe(),
+            "positions": "own" if self.canvas is None else "canvas",
             "method": self.recipe.method,
             "gradient": self.recipe.gradient,
             "device": str(self.device),

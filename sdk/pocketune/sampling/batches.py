@@ -16,6 +16,7 @@ from torch import Tensor
 from pocketune.errors import ModelError
 from pocketune.models.base import Prompt
 from pocketune.sampling.draws import Crop, Draw, Kind, crop_sizes, cut, noise_for
+from pocketune.sampling.places import place_of
 from pocketune.step import Batch, Features, Objective
 
 CropKey = tuple[Kind, int, Crop, bool]
@@ -32,12 +33,14 @@ class Posterior:
     """The VAE's latent distribution of one crop, scaled and shifted. mean, std: (1, channels, height, width).
 
     sizes: (1, 6), of photo, crop and result as SDXL takes them.
+    place: (1, 4), of the crop on the canvas; None: it is an image of its own.
     An autoencoder without a distribution has a deviation of zero.
     """
 
     mean: Tensor
     std: Tensor
     sizes: Tensor
+    place: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def encode_crops(
     *,
     resolution: int,
     low_resolution: int | None = None,
+    canvas: int | None = None,
     on_crop: Callable[[int, int], None],
 ) -> dict[CropKey, Posterior]:
     """Encode each distinct crop of the draws once, one at a time.
@@ -101,6 +105,7 @@ def encode_crops(
         draws: whose crops are wanted.
         resolution: side of the resized crops in pixels.
         low_resolution: that of the draws at low resolution, where there are any.
+        canvas: side in latent pixels of what crops have a place on; None: they are images of their own.
         on_crop: called with (done, total).
     """
     wanted = list(dict.fromkeys(crop_key(draw) for draw in draws))
@@ -115,8 +120,10 @@ def encode_crops(
         else:
             mean = (encoded.latent - shift) * scale
             std = torch.zeros_like(mean)
-        sizes = torch.tensor([crop_sizes(images[kind][image].size, crop, resolution=side)], dtype=torch.float32)
-        posteriors[kind, image, crop, low] = Posterior(mean.cpu(), std.cpu(), sizes)
+        size = images[kind][image].size
+        sizes = torch.tensor([crop_sizes(size, crop, resolution=side)], dtype=torch.float32)
+        place = None if canvas is None else torch.tensor([place_of(size, crop, canvas=canvas)], dtype=torch.float32)
+        posteriors[kind, image, crop, low] = Posterior(mean.cpu(), std.cpu(), sizes, place)
         on_crop(done + 1, len(wanted))
     return posteriors
 
@@ -179,11 +186,13 @@ class BatchMaker:
 
     def _prompt(self, draws: Sequence[Draw]) -> Prompt:
         prompts = [self._prompts[draw.kind] for draw in draws]
+        crops = [self._posteriors[crop_key(draw)] for draw in draws]
         if self._with_sizes:
-            crops = [self._posteriors[crop_key(draw)] for draw in draws]
             prompts = [replace(prompt, sizes=crop.sizes) for prompt, crop in zip(prompts, crops, strict=True)]
         parts = {field.name: [getattr(prompt, field.name) for prompt in prompts] for field in fields(Prompt)}
-        return Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
+        prompt = Prompt(**{name: self._to_device(torch.cat(rows)) for name, rows in parts.items() if rows[0] is not None})
+        places = [crop.place for crop in crops if crop.place is not None]
+        return replace(prompt, place=torch.cat(places).to(self.device)) if places else prompt  # coordinates stay float32
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(device=self.device, dtype=self.dtype)
