@@ -9,7 +9,7 @@ import torch
 from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import PhaseLedger
 from pocketune.budget.tracing import LiveBytes
-from pocketune.budget.training import ATTENTION, ENCODERS, FEED_FORWARD, GRADIENTS, OTHERS, Shapes, training_phase
+from pocketune.budget.training import ATTENTION, ENCODERS, FEED_FORWARD, GRADIENTS, OTHERS, WEIGHTS, Shapes, training_phase
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
@@ -41,17 +41,19 @@ def lived(model: ModelFolder, recipe: Recipe, plan: BlockPlan, shapes: Shapes = 
     pipelines: list[Any] = []
     texts = model.text_pipeline
     weights = Residence(streamed=recipe.weights == "streamed")
-    adapter = model.load_denoiser(dtype=torch.float32, device=CPU, blocks=plan.kept, weights=weights, latent_side=shapes.side)
+    side = shapes.table_side(model)
+    adapter = model.load_denoiser(dtype=torch.float32, device=CPU, blocks=plan.kept, weights=weights, latent_side=side)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "text_pipeline", lambda **given: pipelines.append(texts(**given)) or pipelines[-1])
         tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=model)
-    batch = shaped_batch(model, adapter, plan, torch.randn, samples=1, side=shapes.side, tokens=shapes.tokens)
+    sizes = {"samples": 1, "side": shapes.side, "tokens": shapes.tokens}
+    batch = shaped_batch(model, adapter, plan, torch.randn, **sizes, placed=shapes.canvas is not None)
     if recipe.activations != "kept":
         forget_activations(adapter, recipe, lambda: None)
     live = RealBytes()
     for one in (adapter.model, *(pipeline.text_encoder for pipeline in pipelines)):
         live.hold([*one.parameters(), *one.buffers()], "model")
-    prompt = [batch.prompt.hidden, batch.prompt.pooled]
+    prompt = [batch.prompt.hidden, batch.prompt.pooled, batch.prompt.place]
     held = [batch.latents, batch.noise, batch.timesteps, batch.sigmas, batch.loss_weights, *prompt]
     held += [stream for streams in batch.features.values() for stream in streams]
     live.hold([one for one in held if one is not None], "batch")
@@ -69,6 +71,17 @@ def test_a_traced_step_is_a_real_one(tiny_model: ModelFolder, skip: str, kind: s
     plan = parse_plan(skip, tiny_model.block_count)
     traced = activations(training_phase(tiny_model, recipe, plan, SHAPES, device=CPU))
     assert traced == pytest.approx(lived(tiny_model, recipe, plan), rel=TRACED_BYTES)
+
+
+def test_a_traced_step_of_patches_is_a_real_one(tiny_model: ModelFolder) -> None:
+    """Which holds the table of positions of the whole canvas."""
+    recipe = Recipe.create(instance_prompt="a toy", resolution=64, steps=1, patches="dynamic")
+    plan, own = parse_plan("none", tiny_model.block_count), Shapes(side=4, tokens=20)
+    placed = Shapes(side=4, tokens=20, canvas=8)
+    phases = [training_phase(tiny_model, recipe, plan, shapes, device=CPU) for shapes in (own, placed)]
+    assert activations(phases[1]) == pytest.approx(lived(tiny_model, recipe, plan, placed), rel=TRACED_BYTES)
+    tokens = (8 // 2) ** 2 - (4 // 2) ** 2
+    assert phases[1].item(WEIGHTS) - phases[0].item(WEIGHTS) == tokens * tiny_model.width * 4
 
 
 def test_a_traced_step_of_a_streamed_unet_is_a_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ class Ledgers:
 
     def _of(self, recipe: Recipe, plan: BlockPlan) -> Iterator[PhaseLedger]:
         folder, device = self._setting.folder, self._setting.device
-        resolution, side = recipe.resolution or folder.native_resolution, _training_side(recipe, folder)
+        resolution, side = _resolution(recipe, folder), _training_side(recipe, folder)
         shapes = _shapes(recipe, self._setting)
         draws = sum(_draws(recipe))
         encoded, in_use = _crops(recipe, photos=self._setting.photo_count)
@@ -149,14 +149,15 @@ def _crops(recipe: Recipe, *, photos: int) -> tuple[int, int]:
 
 def _shapes(recipe: Recipe, setting: Setting) -> Shapes:
     folder, side = setting.folder, _training_side(recipe, setting.folder)
-    canvas = _resolution(recipe, folder) // folder.vae_scale
     low = low_side(recipe.low_resolution, side=side, unit=folder.resolution_unit) if recipe.gradient == "mixed" else None
     return Shapes(
         side=side // folder.vae_scale,
         tokens=setting.tokens or text_tokens(folder),
         samples=recipe.batch_size * _kinds(recipe),
         low_side=None if low is None else low // folder.vae_scale,
-        canvas=canvas_of(recipe, positions_for=folder.family.positions_for, side=canvas),
+        canvas=canvas_of(
+            recipe, positions_for=folder.family.positions_for, side=_resolution(recipe, folder) // folder.vae_scale
+        ),
     )
 
 
