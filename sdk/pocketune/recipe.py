@@ -10,43 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pocketune.errors import RecipeError
-
-_BY_BACKPROP = ("backprop", "mixed")
-_MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
-    ("cache_limit_mb", "skip", ()),
-    ("cache_limit_mb", "use_residuals", (True,)),
-    ("zo_", "gradient", ("zeroth_order", "mixed")),
-    ("zo_", "mix_largest", ()),
-    ("mix_", "gradient", ("mixed",)),
-    ("mix_start", "mix_largest", ()),
-    ("mix_end", "mix_largest", ()),
-    ("mix_width", "mix_largest", ()),
-    ("low_resolution", "gradient", ("mixed",)),
-    ("learning_rate", "gradient", _BY_BACKPROP),
-    ("learning_rate", "method", ("lora", "token")),
-    ("weight_decay", "method", ("lora", "token")),
-    ("weight_decay", "zo_optimizer", ("descent",)),
-    ("max_grad_norm", "gradient", _BY_BACKPROP),
-    ("rank", "method", ("lora",)),
-    ("lora_targets", "method", ("lora",)),
-    ("scale_", "method", ("scales",)),
-    ("scale_learning_rate", "gradient", _BY_BACKPROP),
-    ("scale_in_learning_rate", "gradient", _BY_BACKPROP),
-    ("scale_in_learning_rate", "scale_inputs", (True,)),
-    ("token", "method", ("token",)),
-    ("subspace_", "method", ("token",)),
-    ("subspace_", "gradient", ("zeroth_order",)),
-    ("subspace_noise", "subspace_steps", ()),
-    ("quantizer", "weight_bits", (4, 8)),
-    ("class_images", "class_prompt", ()),
-    ("prior_loss_weight", "class_prompt", ()),
-    ("logit_", "weighting_scheme", ("logit_normal",)),
-    ("mode_scale", "weighting_scheme", ("mode",)),
-)
-"""Fields by the beginning of their names, the setting that they depend on, and its values with which they have an effect; none
-named: any but those of `_OFF`. A setting without effect decides nothing."""
-_OFF = (None, 0, "none")
-_RATES = {"learning_rate": "Zeroth-order steps have zo_learning_rate, scales have scale_learning_rate."}
+from pocketune.rules import contradictions, without_effect
 
 
 class Recipe(BaseModel):
@@ -190,89 +154,15 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        """Refuse options without effect, whatever the model: each would mean that something else was wanted."""
-        cached = self.skip != "none" and self.use_residuals
-        for wrong, msg in (
-            (
-                self.patches == "none" and (self.patch_min or self.patch_max),
-                'patch_min and patch_max are sizes of patches, and there are none. Set patches = "dynamic", or leave them out.',
-            ),
-            (
-                self.patches == "resize" and self.patch_max,
-                'patches = "resize" takes whole photos, which have no largest patch. Leave patch_max out.',
-            ),
-            (
-                self.positions is not None and self.patches == "none" and self.gradient != "mixed",
-                "positions are those of smaller images than the canvas, and there are none. Set patches, or leave it out.",
-            ),
-            (
-                self.skip == "none" and not self.use_residuals,
-                'use_residuals is about skipped blocks, and none are skipped. Set skip = "auto", or leave it out.',
-            ),
-            (
-                self.cache_dtype != "float32" and not cached,
-                "cache_dtype is about the features of skipped blocks, and none are stored. Skip blocks with residuals, or "
-                "leave it out.",
-            ),
-            (
-                self.refresh_every and not cached and self.draws is None and self.patches in ("none", "resize"),
-                "refresh_every renews a pool, and there is none: no features are stored and every sample is its own draw. Skip "
-                "blocks with residuals, set draws, or leave it out.",
-            ),
-            (
-                self.gradient == "zeroth_order" and self.activations != "kept",
-                "activations are kept for backward, and zeroth order has none. Leave activations out.",
-            ),
-            (
-                self.method == "token" and self.skip != "none",
-                "features of skipped blocks hold for one prompt, and the prompt is what trains with a token. Leave skip out.",
-            ),
-            (
-                self.method == "token" and self.weights == "streamed",
-                "the text encoders that a token trains through are kept in memory. Leave weights out, or set weight_bits.",
-            ),
-            (
-                self.method == "token" and self.token not in self.instance_prompt.split(),
-                f'the word "{self.token}" is not in "{self.instance_prompt}". Name a word of the prompt as token.',
-            ),
-            (
-                self.optimizer_in_backward and self.activations == "kept",
-                "optimizer_in_backward updates a block before the rest of backward, so blocks must be run again in backward. "
-                'Set activations = "recomputed" or "on_disk".',
-            ),
-        ):
-            if wrong:
-                raise ValueError(msg)
-        for name, field in type(self).model_fields.items():
-            if getattr(self, name) != field.default and (reason := self.why_without_effect(name)):
-                raise ValueError(reason)
-        if self.method == "scales" and self.weight_bits is None:
-            msg = 'method = "scales" tunes scales of packed weights. Set weight_bits to 8 or 4.'
-            raise ValueError(msg)
-        if self.zo_optimizer == "adam" and self.gradient == "mixed":
-            msg = 'zo_optimizer = "adam" has no moments of its own beside backpropagation\'s. Leave it out, or set gradient.'
-            raise ValueError(msg)
-        if not self.timestep_low < self.timestep_high:
-            msg = f"timestep_low {self.timestep_low} and timestep_high {self.timestep_high} leave nothing between. Swap them."
-            raise ValueError(msg)
-        if self.weights == "streamed" and (self.method == "scales" or self.quantizer != "minmax"):
-            msg = 'scales and quantizer are for packed weights in memory. Set weights = "resident", or leave them out.'
-            raise ValueError(msg)
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        reason = next(contradictions(dict(self), defaults), None)
+        if reason is not None:
+            raise ValueError(reason)
         return self
 
     def why_without_effect(self, name: str) -> str | None:
         """Because of which other setting a field cannot have an effect, as a sentence; None: it can."""
-        if name == "refresh_every" and self.refresh_every is not None and self.refresh_every >= self.steps:
-            return f"refresh_every has no effect while steps is {self.steps}. Set more steps, or leave refresh_every out."
-        for prefix, setting, wanted in _MATTERS:
-            if not name.startswith(prefix) or self.why_without_effect(setting):
-                continue
-            value = getattr(self, setting)
-            if value not in wanted if wanted else value in _OFF:
-                change = f"{setting} to {' or '.join(map(str, wanted))}" if wanted else setting
-                msg = f"{name} has no effect while {setting} is {value}. Set {change}, or leave {name} out."
-                return f"{msg} {_RATES[name]}" if name in _RATES else msg
-        return None
+        return without_effect(dict(self), name)
 
     @property
     def saves_memory(self) -> bool:
