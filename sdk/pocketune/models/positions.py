@@ -93,7 +93,7 @@ def embed_patches(patches: Any, latents: Tensor, place: Tensor | None) -> Tensor
     rows, columns = token_places(place, latents.shape[-1] // patches.patch_size, patch=patches.patch_size)
     canvas = place[:, 3:] / patches.patch_size
     where = _from_table if patches.pos_embed_max_size else _from_waves
-    return (tokens + where(patches, rows, columns, canvas).flatten(1, 2).to(latents.dtype)).to(latents.dtype)
+    return tokens + where(patches, rows, columns, canvas).flatten(1, 2).to(tokens.dtype)
 
 
 def _from_table(patches: Any, rows: Tensor, columns: Tensor, canvas: Tensor) -> Tensor:
