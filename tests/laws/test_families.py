@@ -1,5 +1,6 @@
 """What an architecture says of itself is what its stock pipeline does: plans are made from it before anything is loaded."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,14 @@ def test_guidance_and_timesteps_are_those_of_the_pipeline(tiny_pipelines: Pipeli
     assert {samples for samples, _ in calls} == {model.family.guided_passes}
     noisiest = max(timestep for _, timestep in calls) * model.family.timestep_divisor
     assert 400 < noisiest <= 1000
+
+
+@pytest.mark.parametrize(("variant", "tokens"), [("dev", 512), ("schnell", 256)])
+def test_flux_takes_the_text_that_its_variant_was_made_with(tiny_pipelines: Pipelines, variant: str, tokens: int) -> None:
+    model = copy.copy(tiny_pipelines("flux"))
+    model.denoiser_config = model.denoiser_config | {"guidance_embeds": variant == "dev"}
+    (prompt,) = model.encode_prompts(["a photo of sks toy"], device=CPU).values()
+    assert prompt.hidden.shape[1] == text_tokens(model) == tokens
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pocketune.errors import ModelError, PlanError
 from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
-from pocketune.models.family import Config, Family, Sizes, fixed_length
+from pocketune.models.family import Config, Family, Parts, Sizes
 from pocketune.models.positions import token_places
 
 PATCH = 2  # diffusers packs 2 x 2 latent pixels into a token outside of the model, whose own patch size is 1
@@ -185,6 +185,11 @@ def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) ->
     return Prompt(hidden=hidden, pooled=pooled)
 
 
+def _text_length(parts: Parts) -> int:
+    """512 tokens, as FLUX.1-dev was made with; schnell, which takes no guidance scale, was made with 256 at most."""
+    return 512 if parts.denoiser_config.get("guidance_embeds") else 256
+
+
 FAMILY = Family(
     title="FLUX.1",
     denoiser=FluxTransformer2DModel,
@@ -193,7 +198,7 @@ FAMILY = Family(
     text_encoders=("text_encoder", "text_encoder_2"),
     sizes=_sizes,
     encode=_encode,
-    text_length=fixed_length(512),
+    text_length=_text_length,
     sampling=lambda length: {"max_sequence_length": length},
     recipe_defaults={"weighting_scheme": "none", "precondition_outputs": False, "guidance_scale": 3.5},
     guided_passes=1,
