@@ -21,6 +21,7 @@ from pocketune.plan.skipping import plan_for
 from pocketune.sampling.batches import BatchMaker, Posterior, encode_crops
 from pocketune.sampling.draws import Crop, Draw
 from pocketune.step import Batch, Objective, diffusion_loss, predict, span_features
+from tests.tiny_models import with_values
 
 CPU = torch.device("cpu")
 Pipelines = Callable[[str], ModelFolder]
@@ -274,6 +275,14 @@ def test_other_unets_are_refused(tiny_pipelines: Pipelines, changes: dict[str, o
     unet = UNet2DConditionModel.from_config(dict(model.denoiser_config) | changes)
     with pytest.raises(ModelError, match=reason):
         model.family.adapter(unet)
+
+
+def test_the_refiner_of_sdxl_is_refused_when_it_is_opened(tiny_pipelines: Pipelines, tmp_path: Path) -> None:
+    """One text encoder, and in the place of the target's height and width an aesthetic score."""
+    changes = {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 64 + 5 * 8}
+    folder = with_values(tiny_pipelines("sdxl").path, tmp_path / "refiner", "unet/config.json", changes)
+    with pytest.raises(ModelError, match="this is the refiner"):
+        ModelFolder("refiner", folder)
 
 
 @pytest.mark.parametrize(

@@ -256,10 +256,21 @@ def _sizes(config: Config) -> Sizes:
 
 
 def _pooled_width(config: Config) -> int:
-    """SDXL projects the pooled text with its six embedded sizes behind it."""
+    """SDXL projects the pooled text with its six embedded sizes behind it.
+
+    Raises:
+        ModelError: it is SDXL's refiner, whose one text encoder pools text as wide as a token, with five numbers behind it.
+    """
     if config.get("addition_embed_type") != "text_time":
         return 0
-    return int(config["projection_class_embeddings_input_dim"]) - 6 * int(config["addition_time_embed_dim"])
+    projected, each = int(config["projection_class_embeddings_input_dim"]), int(config["addition_time_embed_dim"])
+    if projected - 5 * each == config["cross_attention_dim"]:
+        msg = (
+            "this is the refiner of Stable Diffusion XL: it finishes given images by an aesthetic score, and makes none from a "
+            "prompt alone. Use the base model, such as stable-diffusion-xl-base-1.0."
+        )
+        raise ModelError(msg)
+    return projected - 6 * each
 
 
 def _encode(pipeline: Any, prompt: str, *, device: torch.device, length: int) -> Prompt:  # noqa: ARG001 - CLIP's own length
