@@ -104,7 +104,9 @@ def flow_matching_loss(
         precondition_outputs: compare clean latents instead of velocities.
     """
     sigma = batch.sigmas.view(-1, 1, 1, 1)
-    weighting = compute_loss_weighting_for_sd3(weighting_scheme=weighting_scheme, sigmas=sigma)
+    # The script weighs in the type of the training; but 1 / sigma^2 goes up to 10^6, and float16 to 65504.
+    level = sigma.float() if sigma.dtype == torch.float16 else sigma
+    weighting = compute_loss_weighting_for_sd3(weighting_scheme=weighting_scheme, sigmas=level)
     if precondition_outputs:
         output, target = output * (-sigma) + batch.noisy, batch.latents
     else:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from pocketune.errors import ModelError, PlanError
+from pocketune.errors import ModelError, PlanError, RecipeError
 from pocketune.methods.lora import add_lora
 from pocketune.models import load
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
@@ -220,6 +220,17 @@ def test_recipe_takes_the_architectures_defaults_unless_it_names_a_value() -> No
     sd3, recipe = FAMILIES["SD3Transformer2DModel"], Recipe.create(instance_prompt="a")
     assert sd3.complete(recipe) == recipe
     assert (sd3.guidance, flux.guidance) == (7.0, 3.5)
+
+
+def test_gradients_that_float16_cannot_hold_are_refused_before_anything_starts() -> None:
+    flux, sd3 = (FAMILIES[f"{name}Transformer2DModel"] for name in ("Flux", "SD3"))
+    recipe = Recipe.create(instance_prompt="a", weighting_scheme="sigma_sqrt", dtype="float16")
+    with pytest.raises(RecipeError, match="Set precondition_outputs to true"):
+        flux.complete(recipe)
+    sd3.complete(recipe)  # preconditioned by default
+    flux.complete(recipe.changed(precondition_outputs=True))
+    flux.complete(recipe.changed(dtype="bfloat16"))
+    flux.complete(recipe.changed(gradient="zeroth_order"))  # which has no gradients
 
 
 def test_flux_that_edits_images_is_refused(tiny_pipelines: Pipelines) -> None:

@@ -1,6 +1,7 @@
 """Laws of training in half precision: gradients neither underflow nor overflow, and small updates of scales show."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -30,16 +31,21 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_in(dtype: torch.dtype, *, size: float = LARGE) -> Batch:
+def batch_in(dtype: torch.dtype, *, size: float = LARGE, sigmas: tuple[float, float] = (0.2, 0.8)) -> Batch:
     """A batch whose output has gradients as small as those of larger latents."""
-    batch = make_batch((0.5 / size, 0.5 / size))
+    batch = replace(make_batch((0.5 / size, 0.5 / size)), sigmas=torch.tensor(sigmas), timesteps=1000 * torch.tensor(sigmas))
     halves = {name: getattr(batch, name).to(dtype) for name in ("latents", "noise", "sigmas")}
     prompt = Prompt(hidden=batch.prompt.hidden.to(dtype), pooled=batch.prompt.pooled.to(dtype))
     return Batch(**{**vars(batch), **halves, "prompt": prompt})
 
 
 def gradients(
-    model: ModelFolder, settings: dict[str, object], dtype: str, *, spoil: Callable[[Tensor], Tensor] | None = None
+    model: ModelFolder,
+    settings: dict[str, object],
+    dtype: str,
+    *,
+    spoil: Callable[[Tensor], Tensor] | None = None,
+    sigmas: tuple[float, float] = (0.2, 0.8),
 ) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
     """What the optimizer sees in a step, and the parameters after it."""
     recipe = Recipe.create(**Recipe.relevant({"instance_prompt": "x", "max_grad_norm": 1e9, "dtype": dtype, **settings}))
@@ -66,7 +72,7 @@ def gradients(
         next(iter(parameters.values())).register_hook(spoil)
     if recipe.activations != "kept":
         forget_activations(adapter, recipe, partial(update, parameters.values(), recipe, optimizer))
-    train_step(adapter, parameters, NO_SKIP, recipe, batch_in(kind), optimizer)
+    train_step(adapter, parameters, NO_SKIP, recipe, batch_in(kind, sigmas=sigmas), optimizer)
     return found, parameters
 
 
@@ -79,6 +85,17 @@ def gradients(
 def test_gradients_are_those_of_float32(tiny_model: ModelFolder, settings: dict[str, object], dtype: str) -> None:
     """Of a loss as small as that of 1024 pixels, with the loss scale taken out again before they are clipped."""
     expected, found = (gradients(tiny_model, settings, kind)[0] for kind in ("float32", dtype))
+    check_alike(found, expected)
+
+
+def test_weights_past_the_largest_number_of_float16_are_those_of_float32(tiny_model: ModelFolder) -> None:
+    """1 / sigma^2 at the least noise that there is."""
+    settings = {"weighting_scheme": "sigma_sqrt"}
+    expected, found = (gradients(tiny_model, settings, kind, sigmas=(0.001, 0.5))[0] for kind in ("float32", "float16"))
+    check_alike(found, expected)
+
+
+def check_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     flat = [torch.cat([one[name].flatten() for name in sorted(expected)]) for one in (found, expected)]
     assert torch.cosine_similarity(*flat, dim=0) > HALF_PRECISION_COSINE

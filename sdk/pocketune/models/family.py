@@ -147,7 +147,7 @@ class Family:
         """The recipe with the architecture's defaults where it names no value.
 
         Raises:
-            RecipeError: the recipe asks for what the architecture's loss does not have.
+            RecipeError: the recipe asks for what the architecture's loss does not have, or its dtype cannot hold.
         """
         missing = {
             name: value
@@ -162,6 +162,13 @@ class Family:
             msg = (
                 f"weighting_scheme {completed.weighting_scheme} weighs the loss of rectified flow, and {self.title} predicts "
                 'noise. Use "none", or "logit_normal" or "mode" to change how often each timestep is drawn.'
+            )
+            raise RecipeError(msg)
+        bounded = completed.precondition_outputs or completed.gradient == "zeroth_order"
+        if completed.weighting_scheme == "sigma_sqrt" and completed.dtype == "float16" and not bounded:
+            msg = (
+                "weighting_scheme sigma_sqrt weighs the gradients of velocities by up to a million, and float16 ends at 65504. "
+                'Set precondition_outputs to true, which takes the weight back, or dtype to "bfloat16" or "float32".'
             )
             raise RecipeError(msg)
         return completed
