@@ -20,7 +20,8 @@ from pocketune_edge.display import Display, printable, say
 from pocketune_edge.job import personalize
 from pocketune_edge.sample import render
 from pocketune_edge.session import Sessions, check_threads
-from pocketune_edge.settings import CHANGEABLE, settings_of
+from pocketune_edge.settings import CHANGEABLE, check_changes, settings_of
+from pocketune_edge.text import check_prompts
 
 
 def _personalize(given: argparse.Namespace) -> None:
@@ -57,12 +58,15 @@ def _sample(given: argparse.Namespace) -> None:
     paths = numbered_images(given.out, len(given.prompt), suffixes=(".png",))
     for path in paths:
         check_writable(path)
+    # What is wrong or missing is said before gigabytes are hashed.
     check_threads(given.threads)
+    check_prompts(given.prompt)
+    asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
+    check_changes(asked)
     if given.lora is not None:
-        find_result(given.lora, *RESULTS)  # what is missing is said before gigabytes are hashed
+        find_result(given.lora, *RESULTS)
     with Display(sys.stderr, quiet=given.quiet) as display:
         bundle = open_bundle(given.bundle, on_bytes=telling(display))
-        asked = {"sample_steps": given.steps, "guidance_scale": given.guidance, "seed": given.seed}
         settings, _ = settings_of(bundle.manifest, asked)
         parameters = neutral(bundle.manifest.tuned) if given.lora is None else load_result(bundle, given.lora).flat
         sessions = Sessions(bundle, keep=not given.streaming, threads=given.threads)

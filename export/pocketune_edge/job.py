@@ -40,7 +40,7 @@ from pocketune_edge.denoiser import Denoiser
 from pocketune_edge.features import check_bound, precompute
 from pocketune_edge.sample import GROUP, render
 from pocketune_edge.session import Sessions, check_threads
-from pocketune_edge.settings import Settings, settings_of
+from pocketune_edge.settings import Settings, check_changes, settings_of
 from pocketune_edge.state import CheckpointFolder, State
 from pocketune_edge.steps import Mode, check_mode, stepper_of
 from pocketune_edge.text import Prompt, encode_prompts
@@ -253,6 +253,7 @@ def personalize(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {name: installed_version(name) for name in _LIBRARIES} | {"onnxruntime": onnxruntime.__version__}
     check_threads(threads)
+    check_changes(changes or {})
     if streaming:
         return_freed_memory()
     with MemoryLog() as memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pocketune_edge.agreement import SCHEMA_MINOR
 from pocketune_edge.errors import BundleError, SettingError
@@ -78,6 +78,29 @@ class Settings:
         return read(cls, {name: value for name, value in recipe.items() if name in names}, older=older)
 
 
+def check_changes(changes: dict[str, Any]) -> None:
+    """Refuse what no bundle can be asked for, before gigabytes of one are hashed.
+
+    Args:
+        changes: as of `settings_of`.
+
+    Raises:
+        SettingError: a change is not possible on the device, or out of range.
+    """
+    given = _given(changes)
+    fixed = sorted(set(given) - set(CHANGEABLE))
+    if fixed:
+        msg = f"{', '.join(fixed)} cannot change on the device. Export a bundle with the wanted recipe."
+        raise SettingError(msg)
+    kinds = get_type_hints(Settings, include_extras=True)
+    for name, value in given.items():
+        try:
+            read(kinds[name], value)
+        except MisfitError as error:
+            msg = f"a setting is not valid: {name}: {error}. Give another value."
+            raise SettingError(msg) from error
+
+
 def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """The settings of a run, and the whole recipe as PyTorch's side would write it.
 
@@ -87,29 +110,26 @@ def settings_of(manifest: Manifest, changes: dict[str, Any]) -> tuple[Settings, 
 
     Raises:
         BundleError: the bundle's recipe is not valid.
-        SettingError: a change is not possible on the device, or out of range.
+        SettingError: as of `check_changes`, or a change has no effect with this bundle.
     """
+    check_changes(changes)
     older = manifest.schema_minor < SCHEMA_MINOR
     try:
         Settings.of(manifest.recipe, older=older)
     except MisfitError as error:
         msg = f"the bundle's recipe is not valid: {error}. Export the bundle again."
         raise BundleError(msg) from error
-    given = {name: value for name, value in changes.items() if value is not None}
-    fixed = sorted(set(given) - set(CHANGEABLE))
-    if fixed:
-        msg = f"{', '.join(fixed)} cannot change on the device. Export a bundle with the wanted recipe."
-        raise SettingError(msg)
+    given = _given(changes)
     effective = "learning_rate" if manifest.tuned.method == "lora" else "scale_learning_rate"
     effective = effective if manifest.recipe.get("gradient", "backprop") == "backprop" else "zo_learning_rate"
     inert = sorted(set(given) & RATES - {effective})
     if inert:
         msg = f"{inert[0]} has no effect on the steps of this bundle. Leave it out, or export a bundle with another gradient."
         raise SettingError(msg)
-    try:
-        settings = Settings.of(manifest.recipe | given, older=older)
-    except MisfitError as error:
-        msg = f"a setting is not valid: {error}. Give another value."
-        raise SettingError(msg) from error
+    settings = Settings.of(manifest.recipe | given, older=older)
     # As they were read: 1 for a rate is 1.0, which has another fingerprint.
     return settings, manifest.recipe | {name: getattr(settings, name) for name in given}
+
+
+def _given(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in changes.items() if value is not None}

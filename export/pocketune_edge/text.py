@@ -22,6 +22,20 @@ class Prompt:
     pooled: Array | None
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Refuse text that no tokenizer takes.
+
+    Raises:
+        SettingError: a prompt is not UTF-8.
+    """
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            msg = f"the prompt {prompt[:80]!r} is not UTF-8 text. Check what the terminal sends."
+            raise SettingError(msg) from error
+
+
 def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prompt]:
     """Encode each distinct prompt, one part of an encoder in memory at a time, which is opened once for all.
 
@@ -29,14 +43,9 @@ def encode_prompts(sessions: Sessions, prompts: Sequence[str]) -> dict[str, Prom
         BundleError: a tokenizer is damaged.
         SettingError: a prompt is not UTF-8.
     """
+    check_prompts(prompts)
     manifest = sessions.bundle.manifest
     distinct = list(dict.fromkeys(prompts))
-    for prompt in distinct:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            msg = f"the prompt {prompt[:80]!r} is not UTF-8 text. Check what the terminal sends."
-            raise SettingError(msg) from error
     found: dict[str, dict[str, Array]] = {prompt: {} for prompt in distinct}
     for encoder in manifest.text_encoders:
         graphs = manifest.named(encoder.graphs)
