@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from pocketune.budget.tracing import LiveBytes
 from pocketune.errors import ModelError, PlanError
 from pocketune.models.hub import download
 from pocketune.weights import quant
@@ -107,6 +108,15 @@ def test_packed_copy_is_made_once_and_holds_what_packing_gives(tmp_path: Path, b
     part = torch.empty(3, 64, 1)
     copy.matrix("w").read(range(2, 5), range(64, 128), part)
     assert torch.equal(part.squeeze(2), copy.load("w", dtype=torch.float32)[2:5, 64:128])
+
+
+def test_packing_holds_no_whole_weight(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2048, 4096, dtype=torch.float16)}, tmp_path / "model.safetensors")
+    store = WeightStore([tmp_path / "model.safetensors"])
+    live = LiveBytes()
+    with live:
+        packed_copy(store, ["w"], bits=8, fingerprint="x", folder=tmp_path)
+    assert 0 < live.peak_bytes < 2048 * 4096
 
 
 def test_variants_beside_a_model_are_left_alone(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ def packed_copy(
 ) -> Path:
     """The packed copy of some weights, made if it is not there yet; all other weights are in it as they were.
 
-    Memory holds a slice of one weight at a time.
+    Memory holds a slice of one weight at a time, and the scales of that weight.
 
     Args:
         store: the weights.
@@ -102,20 +102,21 @@ def _header(store: WeightStore, shapes: dict[str, tuple[int, ...]], *, bits: int
     return text + b" " * (-len(text) % 8)
 
 
-def _packed_parts(store: WeightStore, name: str, *, bits: int, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _packed_parts(store: WeightStore, name: str, *, bits: int, group: int | None) -> Iterator[Tensor]:
+    """A packed weight as `_header` lays it out: its codes, some rows after the other, then all scales, then all zeros."""
     matrix = store.matrix(name)
     step = max(1, SLICE_VALUES // (matrix.columns * matrix.taps))
-    slices = []
+    scales, zeros = [], []
     for start in range(0, matrix.rows, step):
         rows = range(start, min(start + step, matrix.rows))
         values = torch.empty(len(rows), matrix.columns, matrix.taps)
         matrix.read(rows, range(matrix.columns), values)
-        slices.append(pack(values.view(len(rows), -1), bits=bits, group=group))
-    return (
-        torch.cat([part.codes for part in slices]),
-        torch.cat([part.scales for part in slices]),
-        torch.cat([part.zeros for part in slices]),
-    )
+        packed = pack(values.view(len(rows), -1), bits=bits, group=group)
+        scales.append(packed.scales)
+        zeros.append(packed.zeros)
+        yield packed.codes
+    yield from scales
+    yield from zeros
 
 
 def _bytes(tensor: Tensor) -> memoryview:
