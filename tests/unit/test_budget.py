@@ -24,6 +24,7 @@ from pocketune.budget.training import ATTENTION, FEED_FORWARD, GRADIENTS, MOMENT
 from pocketune.budget.whole import Ledgers, Setting
 from pocketune.cgroups import CgroupLimits
 from pocketune.errors import PlanError
+from pocketune.features.shards import SHARD_BYTES
 from pocketune.models.load import ModelFolder
 from pocketune.photos import reading_bytes
 from pocketune.profile import PROFILES, profile_named
@@ -146,6 +147,17 @@ def test_skipped_blocks_have_a_phase_and_a_cache_on_disk(ledgers: Ledgers) -> No
     ledger = ledgers(asked(skip="0-1,5"))
     assert "features" in [phase.name for phase in ledger.phases]
     assert dict(ledger.disk)["feature cache"] > 0
+
+
+def test_features_that_wait_for_a_file_are_planned(ledgers: Ledgers) -> None:
+    """All of a pool, where one file holds them; of a larger pool as many as fill a file."""
+    few, refreshed, many = (
+        ledgers(asked(skip="0-1,5", **values))
+        for values in ({"steps": 3}, {"steps": 300, "refresh_every": 3}, {"steps": 10**6, "cache_dtype": "bfloat16"})
+    )
+    waiting = [phase_of(ledger, "features").item("features for the next file") for ledger in (few, refreshed, many)]
+    assert waiting == [dict(few.disk)["feature cache"]] * 2 + [SHARD_BYTES]
+    assert phase_of(few, "training").item("features for the next file") == 0
 
 
 def phase_of(ledger: Ledger, name: str) -> PhaseLedger:

@@ -26,5 +26,6 @@ LEFT_BYTES = 30_000_000
 """What text encoders and autoencoder leave in a process that goes on: pages of code, and holes in the heap.
 
 Measured peaks less what was traced, in MB, without these two: of the whole job sd35-256-half-whole 18 in the phase text, 37 in
-features, 56 in training, 74 in samples; of one of pocket-sd3 with blocks 0 to 3 skipped 0, 27, 28 and 11.
+features (16 of them waited for a file, and are traced since), 56 in training, 74 in samples; of one of pocket-sd3 with blocks 0
+to 3 skipped 0, 27, 28 and 11.
 """

@@ -14,6 +14,7 @@ from pocketune.budget.parts import latents_phase, posteriors_item, samples_phase
 from pocketune.budget.training import TRAINED, Shapes, features_phase, saving_phase, stored_bytes, training_phase
 from pocketune.checkpoint import CHECKPOINT_COPIES
 from pocketune.features.precompute import predicted_bytes
+from pocketune.features.shards import SHARD_BYTES
 from pocketune.models.load import ModelFolder
 from pocketune.photos import PIXEL_BYTES
 from pocketune.plan.blocks import BlockPlan
@@ -102,7 +103,7 @@ class Ledgers:
             features = self._once(
                 lambda: features_phase(folder, recipe, plan, shapes, draws=draws, device=device), "features", *packed, draws
             )
-            yield _with(features, kept)
+            yield _with(features, (_next_shard(recipe, self._setting, plan), *kept))
         training = self._once(
             lambda: training_phase(folder, recipe, plan, shapes, device=device),
             *("training", recipe.model_copy(update={"vae_tile": None, "sample_prompts": ()}).model_dump_json()),
@@ -171,6 +172,24 @@ def _class_images(count: int, side: int) -> Item:
     return Item(name="class images", bytes=size, formula=f"{count} of {side} x {side} pixels, {PIXEL_BYTES} B each")
 
 
+def _next_shard(recipe: Recipe, setting: Setting, plan: BlockPlan) -> Item:
+    """Features that wait in main memory until they are enough for a file."""
+    draws = max(_draws(recipe))
+    size = min(SHARD_BYTES, _cache_bytes(recipe, setting, plan, draws=draws))
+    return Item(name="features for the next file", bytes=size, formula=f"of {draws} draws, {SHARD_BYTES / 1e6:.0f} MB at most")
+
+
+def _cache_bytes(recipe: Recipe, setting: Setting, plan: BlockPlan, *, draws: int) -> int:
+    return predicted_bytes(
+        setting.folder,
+        plan,
+        side=_training_side(recipe, setting.folder),
+        text_tokens=setting.tokens or text_tokens(setting.folder),
+        draws=draws,
+        dtype=getattr(torch, recipe.cache_dtype),
+    )
+
+
 def _with(phase: PhaseLedger, kept: tuple[Item, ...]) -> PhaseLedger:
     return replace(phase, items=(*phase.items, *kept))
 
@@ -200,14 +219,7 @@ def _disk(recipe: Recipe, setting: Setting, plan: BlockPlan, phases: tuple[Phase
     trained = training.item(TRAINED)
     disk = {"checkpoints": CHECKPOINT_COPIES * trained, "result": trained, "scratch file": training.disk_bytes}
     if plan.skipped and recipe.use_residuals:
-        disk["feature cache"] = predicted_bytes(
-            folder,
-            plan,
-            side=_training_side(recipe, folder),
-            text_tokens=setting.tokens or text_tokens(folder),
-            draws=max(_draws(recipe)),
-            dtype=getattr(torch, recipe.cache_dtype),
-        )
+        disk["feature cache"] = _cache_bytes(recipe, setting, plan, draws=max(_draws(recipe)))
     if recipe.weights == "streamed" and recipe.weight_bits:
         disk["packed copy"] = stored_bytes(folder, BlockPlan(plan.block_count), recipe)
     return tuple((name, size) for name, size in disk.items() if size)
