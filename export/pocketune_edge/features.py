@@ -40,7 +40,7 @@ def check_bound(manifest: Manifest, *, draws: int, limit_mb: int, bfloat16: bool
         msg = (
             f"the feature cache needs {readable_size(needed)} for {draws} draws, the limit is {readable_size(limit)}. "
             f"Give --cache-limit-mb {needed // 1_000_000 + 1} in a new run, or fewer --steps, "
-            "or export with fewer `draws` in the recipe."
+            "or export with fewer `draws`, or with `refresh_every`, in the recipe."
         )
         raise PlanError(msg)
 

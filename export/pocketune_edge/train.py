@@ -26,8 +26,9 @@ def train(
     checkpoints: CheckpointFolder,
     state: State,
     on_step: Callable[[int, int, float], None],
+    stop: int,
 ) -> State:
-    """Train to the last step.
+    """Train to a step, and save a checkpoint there.
 
     Args:
         stepper: computes steps.
@@ -38,13 +39,14 @@ def train(
         checkpoints: where to save.
         state: fresh or restored.
         on_step: called with (finished steps, steps, loss).
+        stop: steps that are finished then.
 
     Raises:
         Interrupted: on Ctrl-C, after a checkpoint was saved.
         RunError: the loss, or what trains, is no number any more.
     """
     try:
-        while state.step < settings.steps:
+        while state.step < stop:
             draws = batches[state.step]
             features = [cache.get(draw.cache_number) for draw in draws] if cache is not None else ()
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below, in one line
@@ -58,7 +60,7 @@ def train(
                 raise RunError(msg)
             state = following
             on_step(state.step, settings.steps, loss)
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+            if state.step % settings.checkpoint_every == 0 or state.step == stop:
                 checkpoints.save(state)
     except KeyboardInterrupt as error:
         checkpoints.save(state)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pocketune.atomic import replacing
 from pocketune.errors import RunError
-from pocketune.runfolder import CHECKPOINTS_KEPT, checkpoint_file, checkpoint_paths, remove_old_checkpoints
+from pocketune.runfolder import CHECKPOINTS_KEPT, checkpoint_file, checkpoint_paths, newest_step, remove_old_checkpoints
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 CHECKPOINT_COPIES = (CHECKPOINTS_KEPT + 1) * (1 + len(_MOMENTS))
@@ -45,8 +45,7 @@ class CheckpointFolder:
     @property
     def newest_step(self) -> int:
         """Finished steps of the newest checkpoint; 0 if there is none."""
-        found = checkpoint_paths(self.folder)
-        return int(found[-1].stem.removeprefix("step-")) if found else 0
+        return newest_step(self.folder)
 
     def save(
         self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW, *, step: int, losses: tuple[float, ...]

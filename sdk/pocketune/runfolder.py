@@ -61,6 +61,12 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
+def newest_step(folder: Path) -> int:
+    """Finished steps of the newest checkpoint in a folder; 0 if there is none."""
+    found = checkpoint_paths(folder)
+    return int(found[-1].stem.removeprefix("step-")) if found else 0
+
+
 def remove_old_checkpoints(folder: Path) -> None:
     """Keep the newest `CHECKPOINTS_KEPT`."""
     for old in checkpoint_paths(folder)[:-CHECKPOINTS_KEPT]:

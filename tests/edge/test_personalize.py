@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pocketune import Progress
 from pocketune import personalize as personalize_with_torch
 from pocketune.errors import Interrupted, PhotoError, PlanError, PocketuneError, RunError
 from pocketune.inspection import inspect
+from pocketune_edge import job, phases
 from pocketune_edge.bundle import open_bundle
 from pocketune_edge.delta import neutral
 from pocketune_edge.errors import BundleError, SettingError
@@ -108,6 +110,27 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
     with pytest.raises(RunError, match="another recipe, model or photos"):
         personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True, changes={"seed": 1})
     record = personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True)
+    assert (out / LORA).read_bytes() == (edge_run[0] / LORA).read_bytes()
+    assert record["losses"] == edge_run[1]["losses"]
+
+
+def test_of_pools_that_are_refreshed_one_lies_on_disk_at_a_time(
+    skipping_bundle: Path, edge_run: tuple[Path, Any], toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a bound of their number, the draws are those of one pool, and so is the result; stopped and resumed meanwhile."""
+    opened = open_bundle(skipping_bundle)
+    opened.manifest = replace(opened.manifest, recipe=opened.manifest.recipe | {"refresh_every": 2})
+    monkeypatch.setattr(job, "open_bundle", lambda *_, **__: opened)
+    monkeypatch.setattr(phases, "check_bound", lambda _, **asked: bounded.append(asked["draws"]))
+    bounded: list[int] = []
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        personalize(skipping_bundle, toy_photos, out=out, threads=1, on_progress=stop_at(3))
+    (second,) = (out / "features").iterdir()
+    record = personalize(skipping_bundle, toy_photos, out=out, threads=1, resume=True)
+    (third,) = (out / "features").iterdir()
+    assert second.name != third.name and bounded == [2, 2]
+    assert 0 < record["feature_cache_bytes"] < edge_run[1]["feature_cache_bytes"] / 2
     assert (out / LORA).read_bytes() == (edge_run[0] / LORA).read_bytes()
     assert record["losses"] == edge_run[1]["losses"]
 

@@ -17,8 +17,9 @@ from pocketune.budget.inputs import text_tokens
 from pocketune.errors import Interrupted, RecipeError
 from pocketune.features import precompute as passes
 from pocketune.features import shards
-from pocketune.features.cache import FeatureCache, remove_other_caches
+from pocketune.features.cache import FeatureCache
 from pocketune.features.precompute import cache_bytes, precompute
+from pocketune.features.shards import remove_other_caches
 from pocketune.features.storage import pack, stored_bytes, unpack
 from pocketune.memory import MemoryLog, read_memory
 from pocketune.methods.lora import add_lora

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,18 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pocketune.features.shards import INDEX_FILE, Shards
+from pocketune.features.shards import Shards
 from pocketune.features.storage import pack, unpack
 from pocketune.models.base import Streams
 from pocketune.plan.blocks import Span
-
-
-def remove_other_caches(root: Path, *, keep: str) -> None:
-    """Remove all caches in a folder but the named one; indices go first, so that a stop in between leaves none damaged."""
-    for folder in sorted(root.glob("*/")):
-        if folder.name != keep:
-            (folder / INDEX_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class FeatureCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -15,6 +16,14 @@ from pocketune.weights.files import file_sha256
 
 SHARD_BYTES = 16_000_000
 INDEX_FILE = "index.json"
+
+
+def remove_other_caches(root: Path, *, keep: str) -> None:
+    """Remove all caches in a folder but the named one; indices go first, so that a stop in between leaves none damaged."""
+    for folder in sorted(root.glob("*/")):
+        if folder.name != keep:
+            (folder / INDEX_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Sized(Protocol):

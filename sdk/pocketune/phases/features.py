@@ -11,8 +11,9 @@ from PIL import Image
 
 from pocketune.budget.inputs import text_tokens
 from pocketune.errors import Interrupted
-from pocketune.features.cache import FeatureCache, remove_other_caches
+from pocketune.features.cache import FeatureCache
 from pocketune.features.precompute import check_bound, precompute, predicted_bytes
+from pocketune.features.shards import remove_other_caches
 from pocketune.models.fingerprint import training_fingerprint
 from pocketune.phases.state import Job
 from pocketune.photos import Photo
