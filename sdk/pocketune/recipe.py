@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     positions: Literal["canvas", "own"] | None = Field(
         default=None,
         description="Positions of patches and of images at low resolution: those of their place on the canvas, or those of an "
-        "image of their own size; default: the canvas', where the model can.",
+        "image of their own size; default: the canvas', but for FLUX and models without positions.",
     )
 
     steps: int = Field(default=500, ge=1, description="Optimizer steps.")

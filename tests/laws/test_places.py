@@ -120,17 +120,18 @@ def test_each_image_of_a_batch_has_its_own_place(tiny_pipelines: Pipelines, tiny
         adapter.context(latents, timesteps, prompt)
 
 
-def test_places_are_the_default_where_images_are_smaller_and_the_model_can() -> None:
+def test_places_are_the_default_where_images_are_smaller_and_positions_are_added() -> None:
     def side(family: str, **changes: object) -> int | None:
         return canvas_of(recipe(**changes), positions_for=FAMILIES[family].positions_for, side=64)
 
     sd3, flux, unet = "SD3Transformer2DModel", "FluxTransformer2DModel", "UNet2DConditionModel"
     assert side(sd3) is None
-    assert side(sd3, patches="dynamic") == side(sd3, gradient="mixed") == side(flux, patches="dynamic") == 64
+    assert side(sd3, patches="dynamic") == side(sd3, gradient="mixed") == 64
+    assert side(flux, patches="dynamic", positions="canvas") == 64
     assert side(sd3, patches="dynamic", class_prompt="a photo of a toy", batch_size=2) == 64
     assert side(sd3, patches="dynamic", positions="own") is None
     assert side(unet, patches="dynamic") is None
-    assert side(flux, patches="dynamic", class_prompt="a photo of a toy") is None
+    assert side(flux, patches="dynamic") is None
     with pytest.raises(PlanError, match="the 2 images of a step"):
         side(flux, patches="dynamic", positions="canvas", batch_size=2)
     with pytest.raises(PlanError, match=r"this model has no positions\. Leave positions out"):

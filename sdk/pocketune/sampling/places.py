@@ -21,7 +21,7 @@ class Asked(Protocol):
 
     @property
     def positions(self) -> Literal["canvas", "own"] | None:
-        """Whose positions training images get; None: the canvas' where the model can."""
+        """Whose positions training images get; None: the canvas' where each image has its own."""
 
     @property
     def patches(self) -> str:
@@ -52,6 +52,9 @@ class Place(NamedTuple):
 def canvas_of(recipe: Asked, *, positions_for: Literal["image", "batch"] | None, side: int) -> int | None:
     """The side of the canvas on which training images have their place; None: each has the positions of an image of its own.
 
+    Where the recipe leaves it open, images are placed if the model adds a position to each token, which it can be between those
+    it knows. Rotary positions turn tokens by how far they lie apart, and wider steps than a model was made with are new to it.
+
     Args:
         recipe: what is asked.
         positions_for: what the model gives positions to: each image, all of a batch in common, or nothing.
@@ -71,7 +74,8 @@ def canvas_of(recipe: Asked, *, positions_for: Literal["image", "batch"] | None,
         msg = f'positions = "canvas" does not work: {why}. Leave positions out.'
         raise PlanError(msg)
     smaller = recipe.patches != "none" or recipe.gradient == "mixed"
-    return side if smaller and possible and recipe.positions != "own" else None
+    wanted = positions_for == "image" if recipe.positions is None else recipe.positions == "canvas"
+    return side if smaller and wanted else None
 
 
 def place_of(size: tuple[int, int], crop: Crop, *, canvas: int) -> Place:
