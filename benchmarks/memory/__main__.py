@@ -1,13 +1,15 @@
 """Peak memory of training: `python -m benchmarks.memory [--jobs sd35-512,flux-256] [--steps 3] [--table]`.
 
-Every job runs in a fresh process, one after the other, at a published model's true configuration with random weights that are
-written to `--models` first (FLUX.1 takes 24 GB of disk). A raw row a job is appended at once; `--table` makes the table.
+Every job runs in a fresh process of one thread, one after the other, at a published model's true configuration with random
+weights that are written to `--models` first (FLUX.1 takes 24 GB of disk). A raw row a job is appended at once; `--table` makes
+the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.row:
         return _row(options)
     if not options.table_only and not options.predict:
+        # MKL keeps buffers for each thread that it has used, and what the planner knows was fitted to rows of one.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         for name in options.jobs:
             command = [sys.executable, "-m", "benchmarks.memory", "--row", name, "--models", str(options.models)]
-            done = subprocess.run([*command, "--steps", str(options.steps)], stdout=subprocess.PIPE, text=True, check=False)
+            command += ["--steps", str(options.steps)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
             if done.returncode != 0:
                 print(f"error: the job {name} failed", file=sys.stderr)
                 return 2

@@ -1,8 +1,10 @@
 """The memory benchmark: its rows come from the SDK's own training loop, its table from rows alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +49,20 @@ def test_every_job_is_a_valid_recipe_of_a_published_model() -> None:
 def test_jobs_are_measured_without_scipy() -> None:
     code = "import sys, benchmarks.memory.__main__, benchmarks.memory.measure; assert 'scipy.stats' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_jobs_are_measured_with_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine has: more threads hold more memory, and rows would not compare."""
+    ran: list[str] = []
+
+    def run(_: list[str], *, env: dict[str, str], **__: object) -> SimpleNamespace:
+        ran.append(env["OMP_NUM_THREADS"])
+        return SimpleNamespace(returncode=0, stdout=json.dumps(row("sd15-512", 6e8)))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert main(["--jobs", "sd15-512", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    assert ran == ["1"] and len(read_rows(tmp_path / "rows.jsonl")) == 1
 
 
 def test_random_weights_are_a_sound_file(tmp_path: Path) -> None:
