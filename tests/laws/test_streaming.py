@@ -226,7 +226,8 @@ def test_a_table_cropped_for_mixed_training_gives_the_same_output_at_both_sizes(
     tiny_model: ModelFolder, tmp_path: Path, resolution: int, low_resolution: int, tokens: int
 ) -> None:
     """The middle 2 x 2 of 8 x 8 tokens are not the middle of the middle 3 x 3: the table stays whole then."""
-    recipe = Recipe.create(instance_prompt="x", gradient="mixed", resolution=resolution, low_resolution=low_resolution)
+    sides = {"resolution": resolution, "low_resolution": low_resolution}
+    recipe = Recipe.create(instance_prompt="x", gradient="mixed", positions="own", **sides)
     job = Job(recipe, tiny_model, tmp_path, CPU, Watch(MemoryLog(), ignore))
     cropped, whole = job.denoiser(range(6)), tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
     assert cropped.model.pos_embed.pos_embed.shape[1] == tokens**2
