@@ -168,3 +168,12 @@ def test_a_job_trains_on_places(asked: dict[str, str], tiny_folder: Path, toy_ph
         assert record.plan["positions"] == positions
         losses[positions] = record.losses
     assert losses["canvas"] != losses["own"]
+
+
+def test_places_that_a_model_cannot_give_are_refused_before_anything_is_made(
+    tiny_pipelines: Pipelines, toy_photos: Path, tmp_path: Path
+) -> None:
+    asked = quick_recipe(patches="dynamic", positions="canvas", resolution=64)
+    with pytest.raises(PlanError, match="this model has no positions"):
+        personalize(toy_photos, model=tiny_pipelines("sd15").path, recipe=asked, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -11,10 +11,10 @@ from pocketune.sample import check_side
 
 
 def check_resolution(job: Job) -> None:
-    """Refuse a resolution that the model cannot work at, and patches that do not fit it."""
+    """Refuse a resolution that the model cannot work at, and patches or positions that do not fit it."""
     check_side(job.folder, job.resolution)
     unit = job.folder.resolution_unit
-    _ = job.patches
+    _ = job.patches, job.canvas
     if job.recipe.gradient == "mixed" and (job.low_resolution % unit or job.low_resolution >= job.patches.smallest):
         msg = (
             f"low_resolution {job.low_resolution} does not fit: expected a multiple of {unit} below that of the "

@@ -3,7 +3,7 @@
 The canvas is the picture that is sampled. A crop that enters the model as an image of its own teaches the subject's parts at
 positions and in sizes that they do not have on the canvas, and pictures then repeat them. Nothing here needs torch.
 
-Paper: Patch Diffusion (Wang et al. 2023, arXiv 2304.12526), section 3.1, gives a denoiser the coordinates of its patch.
+Paper: Patch Diffusion (Wang et al. 2023, arXiv 2304.12526) gives a denoiser the coordinates of its patch.
 Differs: in the model's own positions, not in channels that would have to be learned; and DiT-BlockSkip (arXiv 2603.20755), from
 which patches come, mentions no positions.
 """
