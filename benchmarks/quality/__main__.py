@@ -120,7 +120,8 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": options.guidance,
     }
     recipe |= {name: value for name, value in given.items() if value is not None}
-    fixed = {"instance_prompt", "sample_prompts", "seed", *(key for method in METHODS.values() for key in method.changes)}
+    changed = {name for method in METHODS.values() for name in (*method.changes, *method.rates)}
+    fixed = {"instance_prompt", "sample_prompts", "seed"} | changed
     return {name: value for name, value in recipe.items() if name not in fixed}
 
 

@@ -57,7 +57,7 @@ def measure_costs(
             if method.source != "lora" or tuple(row[name] for name in KEY) in done:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
-                row |= _trained(Path(scratch), photos, model, recipe | method.changes)
+                row |= _trained(Path(scratch), photos, model, method.changed(recipe))
             append_row(out, row)
             on_row(row)
 

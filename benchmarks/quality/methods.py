@@ -22,12 +22,21 @@ POCKET_RECIPES = {"pocket-sd3": POCKET_RECIPE, "pocket-sd15": POCKET_RECIPE | {"
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A named way: `source` is "model" (untrained), "lora" (trained with `changes` to the recipe) or "renderer"."""
+    """A named way: `source` is "model" (untrained), "lora" (trained with `changes` to the recipe) or "renderer".
+
+    `rates` are learning rates, as multiples of the recipe's own of LoRA, which suits the model.
+    """
 
     name: str
     label: str
     source: str
     changes: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def changed(self, base: dict[str, Any]) -> dict[str, Any]:
+        """A recipe with what the method changes; without a learning rate in it, scales keep the defaults of theirs."""
+        rates = {name: times * base["learning_rate"] for name, times in self.rates.items() if "learning_rate" in base}
+        return base | self.changes | rates
 
 
 def _lora(name: str, label: str, **changes: Any) -> Method:
@@ -39,9 +48,10 @@ def _patches(name: str, label: str, patches: str = "dynamic", **changes: Any) ->
     return _lora(name, label, patches=patches, patch_min=96, **changes)
 
 
-def _scales(name: str, label: str, bits: int, **changes: Any) -> Method:
-    base = {"method": "scales", "weight_bits": bits, "scale_learning_rate": 2e-2}
-    return Method(name=name, label=label, source="lora", changes=base | changes)
+def _scales(name: str, label: str, bits: int, *, intervals: int, inputs: bool) -> Method:
+    changes = {"method": "scales", "weight_bits": bits, "scale_intervals": intervals, "scale_inputs": inputs}
+    rates = {"scale_learning_rate": 5.0} | ({"scale_in_learning_rate": 1.25} if inputs else {})
+    return Method(name=name, label=label, source="lora", changes=changes, rates=rates)
 
 
 BY_SCHEDULE = (
@@ -72,22 +82,17 @@ PACKED = tuple(
     for bits in (8, 4)
     for method in (
         Method(name=f"qlora{bits}", label=f"QLoRA, {bits} bit", source="lora", changes={"weight_bits": bits}),
-        _scales(f"peqa{bits}", f"PEQA, {bits} bit", bits, scale_inputs=False, scale_intervals=1),
+        _scales(f"peqa{bits}", f"PEQA, {bits} bit", bits, intervals=1, inputs=False),
         *(
-            _scales(
-                f"tuneqdm{bits}-{count}",
-                f"TuneQDM, {bits} bit, intervals: {count}",
-                bits,
-                scale_intervals=count,
-                scale_in_learning_rate=5e-3,
-            )
+            _scales(f"tuneqdm{bits}-{count}", f"TuneQDM, {bits} bit, intervals: {count}", bits, intervals=count, inputs=True)
             for count in (1, 2, 4)
         ),
     )
 )
 """Rows of TuneQDM: LoRA and scales over the same packed weights.
 
-The rates of scales lie between those tried on two subjects: 1e-2 learned little, and at 3e-2 prompts were followed less.
+With pocket-sd3 the rates of scales lie between those tried on two subjects: 1e-2 learned little, and at 3e-2 prompts were
+followed less.
 """
 ZOODIP = Method(
     name="zoodip",
@@ -230,7 +235,7 @@ def subject_recipe(subject: BoothSubject, recipe: dict[str, Any]) -> dict[str, A
 
 def method_recipe(method: Method, base: dict[str, Any]) -> Recipe:
     """A base recipe with a method's changes, less what the method does not take."""
-    return Recipe.create(**Recipe.relevant(base | method.changes))
+    return Recipe.create(**Recipe.relevant(method.changed(base)))
 
 
 def save_photos(subject: BoothSubject, folder: Path) -> list[Path]:

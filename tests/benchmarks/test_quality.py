@@ -165,6 +165,9 @@ def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
     for method in METHODS.values():
         recipe = method_recipe(method, subject_recipe(pocket_subjects(1)[0], POCKET_RECIPE))
         assert (recipe.learning_rate == POCKET_RECIPE["learning_rate"]) is (recipe.why_without_effect("learning_rate") is None)
+        if recipe.method == "scales":
+            assert recipe.scale_learning_rate == 5 * POCKET_RECIPE["learning_rate"]
+            assert method.changed({"steps": 1}).keys() == {"steps", *method.changes}
     for group, names in GROUPS.items():
         assert _method_names(group) == list(names)
         assert set(names) <= set(METHODS) and "lora" in names
