@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,36 +18,9 @@ from torch import Tensor, nn
 from pocketune.errors import ModelError, PlanError
 from pocketune.models.base import Context, Prompt, RemovedBlock, Streams, TextAttention
 from pocketune.models.family import Config, Family, Sizes, fixed_length
+from pocketune.models.unet_layers import check_layers, layers_of
 
-_DOWN = ("DownBlock2D", "CrossAttnDownBlock2D")
-_UP = ("UpBlock2D", "CrossAttnUpBlock2D")
-_MID = "UNetMidBlock2DCrossAttn"
 _ATTENTION_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A block of the list: one residual layer with its attention, and what ends its stage; or the middle.
-
-    Attributes:
-        name: of the stage, as "down_blocks.1" or "mid_block".
-        number: of the layer in its stage.
-        resample: attribute of the stage with the down- or upsampler that follows the layer, if one does.
-    """
-
-    name: str
-    number: int
-    resample: str | None = None
-
-    @property
-    def is_down(self) -> bool:
-        """Whether it lies before the middle."""
-        return self.name.startswith("down")
-
-    @property
-    def is_middle(self) -> bool:
-        """Whether it is the middle block."""
-        return self.name.startswith("mid")
 
 
 class UNetAdapter:
@@ -68,9 +40,9 @@ class UNetAdapter:
         Raises:
             ModelError: it takes other inputs, or has other kinds of layers.
         """
-        _check(model.config)
+        check_layers(model.config)
         self.model = model
-        self._layers = _layers(model.config)
+        self._layers = layers_of(model.config)
         depth = max((len(module) for name, module in model.named_modules() if name.endswith("transformer_blocks")), default=0)
         # The targets of diffusers' train_dreambooth_lora.py and train_dreambooth_lora_sdxl.py.
         self.default_lora_targets: tuple[str, ...] = tuple(
@@ -199,53 +171,9 @@ class UNetAdapter:
         return image
 
 
-def _check(config: Config) -> None:
-    """Refuse U-Nets that this adapter would run wrongly."""
-    strange = [
-        name
-        for name, usual in {
-            "class_embed_type": (None,),
-            "num_class_embeds": (None,),
-            "encoder_hid_dim_type": (None,),
-            "time_cond_proj_dim": (None,),
-            "time_embedding_act_fn": (None,),
-            "addition_embed_type": (None, "text_time"),
-            "center_input_sample": (None, False),
-            "mid_block_type": (_MID,),
-            "in_channels": (config["out_channels"],),
-        }.items()
-        if config.get(name) not in usual
-    ]
-    if set(config["down_block_types"]) - set(_DOWN) or set(config["up_block_types"]) - set(_UP):
-        strange.append("down_block_types or up_block_types")
-    if strange:
-        msg = (
-            f"this U-Net's {', '.join(strange)} is not that of a text-to-image Stable Diffusion 1, 2 or XL (inpainting, "
-            "distilled and pruned models differ there), and there is no adapter for it. Use the model it was made from."
-        )
-        raise ModelError(msg)
-
-
-def _layers(config: Config) -> tuple[Layer, ...]:
-    stages = len(config["block_out_channels"])
-    given = config["layers_per_block"]
-    per_stage = [given] * stages if isinstance(given, int) else list(given)
-    down = [
-        Layer(f"down_blocks.{stage}", number, "downsamplers" if stage < stages - 1 and number == count - 1 else None)
-        for stage, count in enumerate(per_stage)
-        for number in range(count)
-    ]
-    up = [
-        Layer(f"up_blocks.{stage}", number, "upsamplers" if stage < stages - 1 and number == count else None)
-        for stage, count in enumerate(reversed(per_stage))
-        for number in range(count + 1)
-    ]
-    return *down, Layer("mid_block", 0), *up
-
-
 def _sizes(config: Config) -> Sizes:
     return Sizes(
-        blocks=len(_layers(config)),
+        blocks=len(layers_of(config)),
         width=int(config["block_out_channels"][-1]),
         patch=int(2 ** (len(config["block_out_channels"]) - 1)),
         native=int(config["sample_size"]),
