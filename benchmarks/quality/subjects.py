@@ -21,6 +21,7 @@ PHOTOS_A_SUBJECT = 4
 DREAMBOOTH_PROMPTS = "prompts_and_classes.txt"
 _LIVE = ("cat", "dog")
 _STREAM = 32
+_PLACES = ("left", "right")
 _TEMPLATE = re.compile(r"^\s*'([^']*\{0\}[^']*\{1\}[^']*)'\.format\(", re.MULTILINE)
 
 
@@ -61,6 +62,11 @@ def asked_scene(toy: Toy, prompt: AskedPrompt, seed: int) -> Scene:
         scene = random_scene(rng, toy=toy, background=prompt.asked.get("background"))
         if scene.subjects[0].place == place:
             return scene
+
+
+def asks_for_place(text: str) -> bool:
+    """Whether a prompt for a rendered toy says where in the picture it is to be."""
+    return text.endswith(tuple(f" {TOY} on the {place}" for place in _PLACES))
 
 
 def dreambooth_subjects(folder: Path) -> list[BoothSubject]:
@@ -117,5 +123,5 @@ def _photo_scene(rng: np.random.Generator, toy: Toy, background: str) -> Scene:
 def _pocket_prompts() -> tuple[AskedPrompt, ...]:
     start = f"a photo of {IDENTIFIER} {TOY}"
     somewhere = [AskedPrompt(f"{start} {phrase}", {"background": name}) for name, phrase in BACKGROUNDS.items()]
-    aside = [AskedPrompt(f"{start} on the {place}", {"place": place}) for place in ("left", "right")]
+    aside = [AskedPrompt(f"{start} on the {place}", {"place": place}) for place in _PLACES]
     return (*somewhere, *aside)

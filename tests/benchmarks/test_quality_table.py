@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.intervals import mean_estimate, ratio_estimate
 from benchmarks.quality.__main__ import main
-from benchmarks.quality.table import quality_table, subject_means, tables
+from benchmarks.quality.table import overview_table, quality_table, subject_means, tables
 from benchmarks.rows import append_row
 
 IDENTITY = {"model": "m", "weights": "w", "settings": "s"}
@@ -65,6 +65,30 @@ def test_costs_stand_beside_the_scores_of_the_same_weights():
     assert "MB" not in quality_table(rows, _costs("lora", 700, weights="other"))
 
 
+def test_overview_is_short_and_holds_every_model():
+    rows = [*_rows("lora", 0.5), *_rows("skip50", 0.48), *_rows("lora", 0.9, model="u", subjects=2)]
+    lines = [line for line in overview_table(rows, _costs("skip50", 600)).splitlines() if line.startswith("|")]
+    assert lines[2:] == [
+        "| **m**, 6 subjects | | | | | |",
+        "| full LoRA | 0.62 | - | 0.50 | - | - |",
+        "| half the blocks skipped, cached residuals | 0.60 | 96% [96%, 96%] | 0.50 | 900 MB | 14 s |",
+        "| **u**, 2 subjects | | | | | |",
+        "| full LoRA | 0.95 | - | 0.50 | - | - |",
+    ]
+
+
+def test_places_are_judged_where_prompts_ask_for_them():
+    texts = [
+        "a photo of sks toy on the left",
+        "a photo of sks toy on the right",
+        "a photo of sks toy on a table",
+        "a dog on the left",
+    ]
+    rows = [row | {"prompt": texts[int(row["prompt"][1:])]} for row in _rows("lora", 0.5)]
+    assert "| 50% [50%, 50%] | 6 | 24 |" in quality_table(rows)
+    assert "| - | 6 | 24 |" in quality_table(_rows("lora", 0.5))
+
+
 def test_table_keeps_models_and_settings_apart():
     table = quality_table([*_rows("lora", 0.5), *_rows("lora", 0.9, weights="other")])
     assert table.count("Model `m`") == 2
@@ -121,5 +145,5 @@ def test_command_makes_the_table_from_committed_rows(tmp_path, capsys):
     for row in _rows("lora", 0.5):
         append_row(rows, row)
     assert main(["--table-only", "--out", str(rows), "--table-file", str(table), "--costs-out", str(tmp_path / "none")]) == 0
-    assert table.read_text() == quality_table(_rows("lora", 0.5))
+    assert table.read_text() == overview_table(_rows("lora", 0.5))
     assert str(table) in capsys.readouterr().out
