@@ -24,7 +24,7 @@ POCKET_RECIPES = {"pocket-sd3": POCKET_RECIPE, "pocket-sd15": POCKET_RECIPE | {"
 class Method:
     """A named way: `source` is "model" (untrained), "lora" (trained with `changes` to the recipe) or "renderer".
 
-    `rates` are learning rates, as multiples of the recipe's own of LoRA, which suits the model.
+    `rates` are learning rates, as multiples of the recipe's own of LoRA, which suits the model; `longer` multiplies its steps.
     """
 
     name: str
@@ -32,20 +32,24 @@ class Method:
     source: str
     changes: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    longer: float = 1.0
 
     def changed(self, base: dict[str, Any]) -> dict[str, Any]:
         """A recipe with what the method changes; without a learning rate in it, scales keep the defaults of theirs."""
         rates = {name: times * base["learning_rate"] for name, times in self.rates.items() if "learning_rate" in base}
-        return base | self.changes | rates
+        steps = (
+            {} if self.longer == 1 else {"steps": round(self.longer * base.get("steps", Recipe.model_fields["steps"].default))}
+        )
+        return base | self.changes | rates | steps
 
 
-def _lora(name: str, label: str, **changes: Any) -> Method:
-    return Method(name=name, label=label, source="lora", changes=changes)
+def _lora(name: str, label: str, *, longer: float = 1.0, **changes: Any) -> Method:
+    return Method(name=name, label=label, source="lora", changes=changes, longer=longer)
 
 
-def _patches(name: str, label: str, patches: str = "dynamic", **changes: Any) -> Method:
+def _patches(name: str, label: str, patches: str = "dynamic", *, longer: float = 1.0, **changes: Any) -> Method:
     # Of 128 pixels; half of them are four tokens a side, from which half of the blocks alone hardly learn a subject.
-    return _lora(name, label, patches=patches, patch_min=96, **changes)
+    return _lora(name, label, longer=longer, patches=patches, patch_min=96, **changes)
 
 
 def _scales(name: str, label: str, bits: int, *, intervals: int, inputs: bool) -> Method:
@@ -120,6 +124,7 @@ METHODS = {
     for method in (
         Method(name="none", label="no training", source="model"),
         _lora("lora", "full LoRA"),
+        _lora("lora-longer", "full LoRA, half as many steps again", longer=1.5),
         _patches("patches", "dynamic patches"),
         _patches("patches-own", "dynamic patches, positions of images of their own", positions="own"),
         _patches("patches-resize", "whole photos at the size of the patches", "resize"),
@@ -131,6 +136,12 @@ METHODS = {
         _patches("skip30-patches", "30 % of the blocks skipped, dynamic patches", skip="auto:0.3"),
         _patches("skip40-patches", "40 % of the blocks skipped, dynamic patches", skip="auto:0.4"),
         _patches("skip50-patches", "half the blocks skipped, dynamic patches", skip="auto"),
+        _patches(
+            "skip50-patches-longer",
+            "half the blocks skipped, dynamic patches, half as many steps again",
+            skip="auto",
+            longer=1.5,
+        ),
         _patches(
             "skip50-patches-own",
             "half the blocks skipped, dynamic patches, positions of images of their own",
@@ -155,7 +166,8 @@ COMMON = ("none", "lora", "patches", "renders")
 GROUPS = {
     "block-skip": (
         *("none", "lora", "patches", "skip30", "skip40", "skip50", "skip30-patches", "skip40-patches", "skip50-patches"),
-        *("patches-own", "skip50-patches-own", "skip50-no-residuals", "first50", "last50", "renders"),
+        *("lora-longer", "skip50-patches-longer", "patches-own", "skip50-patches-own", "skip50-no-residuals"),
+        *("first50", "last50", "renders"),
     ),
     "patch-sizes": ("none", "lora", "patches", "patches-resize", "patches-high-to-low", "patches-random", "renders"),
     "hollowed-net": ("none", "lora", "patches", "hollow30", "hollow50", "hollow50-patches", "renders"),

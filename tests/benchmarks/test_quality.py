@@ -168,6 +168,7 @@ def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
         if recipe.method == "scales":
             assert recipe.scale_learning_rate == 5 * POCKET_RECIPE["learning_rate"]
             assert method.changed({"steps": 1}).keys() == {"steps", *method.changes}
+        assert recipe.steps == (450 if "longer" in method.name else 300)
     for group, names in GROUPS.items():
         assert _method_names(group) == list(names)
         assert set(names) <= set(METHODS) and "lora" in names
