@@ -55,7 +55,7 @@ class Job:
 
 
 _RECOMPUTED: dict[str, Any] = LOW | {"activations": "recomputed"}
-_PAPER = "DiT-BlockSkip's paper, GPU"
+_PAPER = "DiT-BlockSkip, GPU, as quoted"
 _SD35: dict[str, Any] = {"model": "sd35-medium", "text_tokens": 333}
 _SD15: dict[str, Any] = {"model": "sd15", "text_tokens": 77, "resolution": 512}
 _FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512}
