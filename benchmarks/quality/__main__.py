@@ -26,10 +26,9 @@ from benchmarks.quality.methods import (
     METHODS,
     POCKET_RECIPE,
     POCKET_RECIPES,
-    PocketunePainter,
-    save_photos,
-    subject_recipe,
+    fields_text,
 )
+from benchmarks.quality.painter import PocketunePainter, save_photos, subject_recipe
 from benchmarks.quality.subjects import POCKET_SUBJECTS, BoothSubject, dreambooth_subjects, pocket_subjects
 from benchmarks.quality.table import tables
 from benchmarks.rows import Row, add_output_options, read_rows
@@ -70,6 +69,7 @@ def _measure(options: argparse.Namespace) -> None:
         [METHODS[name] for name in options.methods],
         _subjects(options),
         seeds=options.seeds,
+        recipe=recipe,
         painter=PocketunePainter(options.model, recipe, options.work / digest),
         embedder=embedder,
         prompt_judge=judge,
@@ -96,13 +96,13 @@ def _measure_costs(options: argparse.Namespace) -> None:
 
 
 def settings_text(recipe: dict[str, Any]) -> str:
-    """What the recipe changes from its defaults, on one line, keys in order; equal recipes give equal text.
+    """What the recipe changes from its defaults, on one line; equal recipes give equal text.
 
     Raises:
         RecipeError: a value is not valid.
     """
     Recipe.create(instance_prompt="a photo", **recipe)
-    return ", ".join(f"{name} {value}" for name, value in sorted(recipe.items())) or "default recipe"
+    return fields_text(recipe) or "default recipe"
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,6 +113,12 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             msg = f"cannot read the recipe {options.recipe}: {error}."
             raise RecipeError(msg) from error
+        own = {name for method in METHODS.values() for name in (*method.changes, *method.rates)}
+        if taken := sorted((own | {"instance_prompt", "sample_prompts", "seed"}) & recipe.keys()):
+            msg = (
+                f"subjects, seeds and methods set {', '.join(taken)}, and {options.recipe} does too. Take it out of that file."
+            )
+            raise RecipeError(msg)
     given = {
         "steps": options.steps,
         "learning_rate": options.learning_rate,
@@ -120,9 +126,7 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": options.guidance,
     }
     recipe |= {name: value for name, value in given.items() if value is not None}
-    changed = {name for method in METHODS.values() for name in (*method.changes, *method.rates)}
-    fixed = {"instance_prompt", "sample_prompts", "seed"} | changed
-    return {name: value for name, value in recipe.items() if name not in fixed}
+    return recipe
 
 
 def _subjects(options: argparse.Namespace) -> list[BoothSubject]:

@@ -20,7 +20,7 @@ from pocketune.memory import MemoryReading
 from pocketune.record import RunRecord
 from pocketune.runfolder import RECORD_FILE
 
-KEY = ("model", "weights", "settings", "method", "repeat")
+KEY = ("model", "weights", "settings", "method", "changes", "repeat")
 """What tells one row from another."""
 
 
@@ -53,7 +53,7 @@ def measure_costs(
     done = {tuple(row.get(name) for name in KEY) for row in read_rows(out)}
     for repeat in range(repeats):
         for method in methods:
-            row: Row = {**identity, "method": method.name, "repeat": repeat}
+            row: Row = {**identity, "method": method.name, "changes": method.changes_text(recipe), "repeat": repeat}
             if method.source != "lora" or tuple(row[name] for name in KEY) in done:
                 continue
             with tempfile.TemporaryDirectory() as scratch:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from benchmarks.quality.embedders import PromptJudge
-from benchmarks.quality.methods import Method, Painter
+from benchmarks.quality.methods import Method
+from benchmarks.quality.painter import Painter
 from benchmarks.quality.subjects import BoothSubject
 from benchmarks.rows import Row, append_row, read_rows
 from pocketune.embedders import ImageEmbedder
 
-KEY = ("model", "weights", "settings", "embedder", "prompt_judge", "method", "subject", "prompt", "seed")
+KEY = ("model", "weights", "settings", "embedder", "prompt_judge", "method", "changes", "subject", "prompt", "seed")
 """What tells one row from another."""
 
 
@@ -32,6 +34,7 @@ def measure(
     subjects: Sequence[BoothSubject],
     *,
     seeds: Sequence[int],
+    recipe: dict[str, Any],
     painter: Painter,
     embedder: ImageEmbedder,
     prompt_judge: PromptJudge,
@@ -44,6 +47,7 @@ def measure(
     Args:
         methods: what to compare.
         subjects: of what.
+        recipe: what methods change.
         seeds: each trains anew and gives one image a prompt.
         painter: makes the images.
         embedder: judges the subject.
@@ -56,11 +60,9 @@ def measure(
     done = {_key(row) for row in read_rows(out)}
     for subject in subjects:
         for method in methods:
+            of_method = {**base, "method": method.name, "changes": method.changes_text(recipe), "subject": subject.name}
             for seed in seeds:
-                keys = [
-                    {**base, "method": method.name, "subject": subject.name, "seed": seed, "prompt": p.text}
-                    for p in subject.prompts
-                ]
+                keys: list[Row] = [{**of_method, "seed": seed, "prompt": prompt.text} for prompt in subject.prompts]
                 missing = [index for index, key in enumerate(keys) if _key(key) not in done]
                 if not missing:
                     continue

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from PIL import Image
-
-from benchmarks.quality.subjects import AskedPrompt, BoothSubject, asked_scene
-from pocketune.pocket.draw import render
 from pocketune.recipe import Recipe
-from pocketune.runfolder import RECORD_FILE
 
 POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 4e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
 """What differs from the defaults of `Recipe`: the built-in model is small, and was trained with a larger learning rate too."""
@@ -41,6 +34,15 @@ class Method:
             {} if self.longer == 1 else {"steps": round(self.longer * base.get("steps", Recipe.model_fields["steps"].default))}
         )
         return base | self.changes | rates | steps
+
+    def changes_text(self, base: dict[str, Any]) -> str:
+        """What a recipe has otherwise with this method."""
+        return fields_text({name: value for name, value in self.changed(base).items() if base.get(name) != value})
+
+
+def fields_text(fields: dict[str, Any]) -> str:
+    """Fields of a recipe on one line, in the order of their names; equal fields give equal text."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(fields.items()))
 
 
 def _lora(name: str, label: str, *, longer: float = 1.0, **changes: Any) -> Method:
@@ -177,83 +179,3 @@ GROUPS = {
 """The rows of the papers: DiT-BlockSkip's tables and ablations, Hollowed Net's, selective optimization's, TuneQDM's."""
 OVERVIEW = ("none", "lora", "patches", "skip50", "skip50-no-residuals", "hollow30", "bp-low-zo-high", "tuneqdm8-2", "renders")
 """One row or two of each line of research."""
-
-
-class Painter(Protocol):
-    """Makes images of a subject by one method."""
-
-    def paint(self, method: Method, subject: BoothSubject, prompts: Sequence[AskedPrompt], seed: int) -> list[Image.Image]:
-        """One image a prompt."""
-
-
-class PocketunePainter:
-    """Trains with `pocketune.personalize`, each subject, method and seed once, and samples with `pocketune.sample.generate`."""
-
-    def __init__(self, model: str, recipe: dict[str, Any], work: Path) -> None:
-        """Name the model, the recipe's changes from the defaults, and the folder for photos and runs."""
-        self._model, self._recipe, self._work = model, recipe, work
-        self._untrained: dict[tuple[tuple[str, ...], int], list[Image.Image]] = {}
-
-    def paint(self, method: Method, subject: BoothSubject, prompts: Sequence[AskedPrompt], seed: int) -> list[Image.Image]:
-        """One image a prompt, image i from seed `seed` * 1000 + i."""
-        if method.source == "renderer":
-            if subject.toy is None:
-                return []
-            return [render(asked_scene(subject.toy, prompt, seed * 1000 + i)) for i, prompt in enumerate(prompts)]
-        texts = tuple(prompt.text for prompt in prompts)
-        if method.source == "lora":
-            return self._generate(texts, seed, self._trained(method, subject, seed))
-        # Without training nothing depends on the subject but the prompts, which rendered subjects share.
-        if (texts, seed) not in self._untrained:
-            self._untrained[texts, seed] = self._generate(texts, seed, None)
-        return self._untrained[texts, seed]
-
-    def _generate(self, texts: Sequence[str], seed: int, lora: Path | None) -> list[Image.Image]:
-        from pocketune.sample import generate
-
-        defaults = Recipe.create(instance_prompt="a photo", **self._recipe)
-        return generate(
-            self._model,
-            list(texts),
-            lora=lora,
-            seeds=[seed * 1000 + index for index in range(len(texts))],
-            steps=defaults.sample_steps,
-            guidance=defaults.guidance_scale,
-        )
-
-    def _trained(self, method: Method, subject: BoothSubject, seed: int) -> Path:
-        import pocketune
-        from pocketune import tuning
-
-        run = self._work / method.name / f"{subject.name}-{seed}"
-        weights = run / tuning.METHODS[method.changes.get("method", "lora")].result
-        if (run / RECORD_FILE).exists() and weights.exists():
-            return weights
-        recipe = method_recipe(method, subject_recipe(subject, self._recipe) | {"seed": seed})
-        pocketune.personalize(
-            save_photos(subject, self._work / "photos" / subject.name),
-            model=self._model,
-            recipe=recipe,
-            out=run,
-            resume=run.exists(),
-        )
-        return weights
-
-
-def subject_recipe(subject: BoothSubject, recipe: dict[str, Any]) -> dict[str, Any]:
-    """A base recipe for one subject."""
-    return {"instance_prompt": subject.instance_prompt, "sample_prompts": (subject.instance_prompt,), **recipe}
-
-
-def method_recipe(method: Method, base: dict[str, Any]) -> Recipe:
-    """A base recipe with a method's changes, less what the method does not take."""
-    return Recipe.create(**Recipe.relevant(method.changed(base)))
-
-
-def save_photos(subject: BoothSubject, folder: Path) -> list[Path]:
-    """The subject's photos as files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{index}.png" for index in range(len(subject.photos))]
-    for path, photo in zip(paths, subject.photos, strict=True):
-        photo.save(path)
-    return paths

@@ -38,7 +38,7 @@ def overview_table(rows: Sequence[Row], costs: Sequence[Row] = ()) -> str:
         by_method, of_group = _by_method(group), _costs_of(shown, costs)
         lines.append(f"| **{shown['model']}**, {len({row['subject'] for row in group})} subjects | | | | | |")
         for name, own in by_method.items():
-            typical = _typical([row for row in of_group if row["method"] == name])
+            typical = _typical(_of(of_group, own))
             cells = [
                 _label(name),
                 f"{_mean(own, 'subject_similarity').value:.2f}",
@@ -86,13 +86,20 @@ def _by_group(rows: Sequence[Row]) -> dict[tuple[object, ...], list[Row]]:
 
 
 def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each method; where a method has been changed, those of its newest form."""
     found = {row["method"] for row in rows}
     order = [*filter(found.__contains__, METHODS), *sorted(found - set(METHODS))]
-    return {name: [row for row in rows if row["method"] == name] for name in order}
+    newest = {row["method"]: row["changes"] for row in rows}
+    return {name: [row for row in rows if (row["method"], row["changes"]) == (name, newest[name])] for name in order}
 
 
 def _costs_of(group: Row, costs: Sequence[Row]) -> list[Row]:
     return [row for row in costs if all(row[name] == group[name] for name in _COST_GROUP)]
+
+
+def _of(costs: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """The costs of a method's rows."""
+    return [row for row in costs if all(row[name] == own[0][name] for name in ("method", "changes"))]
 
 
 def _section(group: Row, rows: list[Row], costs: Sequence[Row]) -> str:
@@ -117,7 +124,7 @@ def _section(group: Row, rows: list[Row], costs: Sequence[Row]) -> str:
             str(len(own)),
         ]
         if of_group:
-            cells += _cost_cells(_typical([row for row in of_group if row["method"] == name]))
+            cells += _cost_cells(_typical(_of(of_group, own)))
         lines.append(f"| {' | '.join(cells)} |")
     if of_group:
         lines += [
@@ -125,6 +132,9 @@ def _section(group: Row, rows: list[Row], costs: Sequence[Row]) -> str:
             "Memory is the largest resident set of a process that trains one subject, libraries and all (anonymous part in "
             "brackets); time is of all its steps, on a machine that may do other work too.",
         ]
+    told = [f"- {_label(name)}: {own[0]['changes']}" for name, own in by_method.items() if own[0]["changes"]]
+    if told:
+        lines += ["", "<details><summary>What each method changes in the recipe</summary>", "", *told, "", "</details>"]
     return "\n".join([*lines, ""])
 
 

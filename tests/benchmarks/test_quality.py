@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import pocketune
 from benchmarks.quality.__main__ import _method_names, main, settings_text
 from benchmarks.quality.costs import measure_costs
 from benchmarks.quality.measure import measure
-from benchmarks.quality.methods import GROUPS, METHODS, POCKET_RECIPE, PocketunePainter, method_recipe, subject_recipe
+from benchmarks.quality.methods import GROUPS, METHODS, POCKET_RECIPE
+from benchmarks.quality.painter import PocketunePainter, method_recipe, subject_recipe
 from benchmarks.quality.subjects import pocket_subjects
 from benchmarks.rows import append_row, read_rows
 from pocketune.errors import FileFormatError, RecipeError, RunError
@@ -57,6 +59,7 @@ def _measure(out, painter, *, methods=("none", "lora"), seeds=(0, 1), subjects=2
         chosen,
         pocket_subjects(subjects),
         seeds=seeds,
+        recipe=POCKET_RECIPE,
         painter=painter,
         embedder=RedEmbedder(),
         prompt_judge=IndexJudge(),
@@ -100,6 +103,16 @@ def test_other_settings_are_measured_anew(tmp_path):
     painter = CountingPainter()
     _measure(out, painter)
     assert len(painter.calls) == 8
+
+
+def test_a_method_that_was_changed_is_measured_anew(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    _measure(out, CountingPainter())
+    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], changes={"rank": 3}))
+    painter = CountingPainter()
+    _measure(out, painter)
+    assert {name for name, *_ in painter.calls} == {"lora"} and len(painter.calls) == 4
+    assert {(row["method"], row["changes"]) for row in read_rows(out)} == {("none", ""), ("lora", ""), ("lora", "rank 3")}
 
 
 def test_a_damaged_row_is_named(tmp_path):
@@ -184,6 +197,10 @@ def test_command_refuses_what_it_does_not_know(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
     with pytest.raises(RecipeError, match="rank"):
         settings_text({"rank": 0})
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("steps = 5\nskip = 'auto'\nscale_learning_rate = 1e-3\nseed = 1\n")
+    assert main(["--recipe", str(recipe), "--out", str(tmp_path / "rows.jsonl")]) == 2
+    assert "scale_learning_rate, seed, skip" in capsys.readouterr().err
 
 
 def test_settings_text_does_not_depend_on_order():
@@ -223,4 +240,7 @@ def test_training_gets_the_methods_recipe_and_is_done_once(tmp_path, monkeypatch
     assert [asked[:2] for asked in trained] == [("none", True), ("auto", True), ("auto", False), ("auto", True)]
     assert [asked[2:] for asked in trained] == [(7, 0, 4, False)] * 3 + [(7, 1, 4, False)]
     assert len(set(loras)) == 4
-    assert loras[1] == loras[3] == tmp_path / "skip50" / "toy00-0" / "lora" / "pytorch_lora_weights.safetensors"
+    assert loras[1] == loras[3] and loras[1].parts[-3:] == ("toy00-0", "lora", "pytorch_lora_weights.safetensors")
+    changed = replace(METHODS["skip50"], changes={"skip": "auto:0.4"})
+    painter.paint(changed, subject, subject.prompts, 0)
+    assert len(trained) == 5 and trained[-1][0] == "auto:0.4"

@@ -18,6 +18,7 @@ def _rows(method, value, subjects=6, **changes):
             "embedder": "e",
             "prompt_judge": "p",
             "method": method,
+            "changes": "",
             "subject": f"s{number}",
             "prompt": f"p{index}",
             "seed": 0,
@@ -46,7 +47,7 @@ def test_table_is_made_from_rows_alone():
 
 def _costs(name, megabytes, repeats=3, **changes):
     return [
-        {"model": "m", "weights": "w", "settings": "s", "method": name, "repeat": repeat, "skipped": "none"}
+        {"model": "m", "weights": "w", "settings": "s", "method": name, "changes": "", "repeat": repeat, "skipped": "none"}
         | {"training_rss_bytes": megabytes * 1e6 + repeat, "training_anonymous_bytes": 2e7, "features_rss_bytes": 9e8}
         | {"cache_bytes": 1.5e6, "training_s": 10.0 + repeat, "features_s": 3.0, "latents_s": 1.0}
         | changes
@@ -87,6 +88,13 @@ def test_places_are_judged_where_prompts_ask_for_them():
     rows = [row | {"prompt": texts[int(row["prompt"][1:])]} for row in _rows("lora", 0.5)]
     assert "| 50% [50%, 50%] | 6 | 24 |" in quality_table(rows)
     assert "| - | 6 | 24 |" in quality_table(_rows("lora", 0.5))
+
+
+def test_a_changed_method_shows_its_newest_rows_with_its_recipe():
+    rows = [*_rows("lora", 0.5), *_rows("skip50", 0.9, changes="old"), *_rows("skip50", 0.48, changes="skip auto")]
+    table = quality_table(rows, [*_costs("skip50", 100, changes="old"), *_costs("skip50", 600, changes="skip auto")])
+    assert "96.0% [96.0%, 96.0%]" in table and "| 600 MB (20) |" in table
+    assert "- half the blocks skipped, cached residuals: skip auto" in table and "- full LoRA:" not in table
 
 
 def test_table_keeps_models_and_settings_apart():
