@@ -115,6 +115,11 @@ def contradictions(given: Values, defaults: Values) -> Iterator[str]:
             given["zo_optimizer"] == "adam" and given["gradient"] == "mixed",
             'zo_optimizer = "adam" has no moments of its own beside backpropagation\'s. Leave it out, or set gradient.',
         ),
+        (
+            given["mix_end"] > given["mix_start"],
+            f"mix_end {given['mix_end']} is above mix_start {given['mix_start']}, which would make zeroth-order steps rarer as "
+            "training goes on. Swap them.",
+        ),
         (not low < high, f"timestep_low {low} and timestep_high {high} leave nothing between. Swap them."),
         (
             given["weights"] == "streamed" and of_packed,

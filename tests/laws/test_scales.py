@@ -1,6 +1,7 @@
 """Laws of packed layers and their scales: what autograd finds on the float layer, without ever keeping the float layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import pocketune.weights.layers as layers
 from pocketune import Recipe, personalize
 from pocketune.errors import FileFormatError, PlanError
 from pocketune.inspection import inspect
-from pocketune.methods.scales import add_scales, intervals_of, load_scales, merge, packed_layers, trained_layers
+from pocketune.methods.scales import ScalesMethod, add_scales, intervals_of, load_scales, merge, packed_layers, trained_layers
 from pocketune.models.base import Prompt, denoise
 from pocketune.models.load import ModelFolder
-from pocketune.plan.blocks import parse_plan
+from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.sample import generate
+from pocketune.step import predict
 from pocketune.weights.layers import PackedConv2d, PackedLayer, PackedLinear, Scales
 from pocketune.weights.quantizers import Quantization
 from tests.laws.test_step import make_batch
@@ -144,6 +146,20 @@ def test_a_batch_may_mix_intervals_and_each_trains_its_own() -> None:
     layer.selected.rows = (2, 0, 1)
     with pytest.raises(PlanError, match="3 samples"):
         layer(x)
+
+
+@pytest.mark.parametrize(("timestep", "interval"), [(100.0, "0"), (900.0, "3")])
+def test_a_step_trains_the_interval_of_its_timestep(tiny_model: ModelFolder, timestep: float, interval: str) -> None:
+    asked = Recipe.create(instance_prompt="a photo of sks toy", method="scales", weight_bits=8, scale_intervals=4)
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU, quantization=Quantization(8))
+    tuned = ScalesMethod().attach(adapter, plan=BlockPlan(6), recipe=asked, folder=tiny_model)
+    batch = make_batch()
+    batch = tuned.inputs(replace(batch, timesteps=torch.full_like(batch.timesteps, timestep)))
+    predict(adapter, BlockPlan(6), batch).square().sum().backward()
+    trained = {
+        name.split(".scales.")[1].split(".")[0] for name, parameter in tuned.parameters.items() if parameter.grad is not None
+    }
+    assert trained == {interval}
 
 
 @pytest.mark.parametrize("bits", [8, 4])

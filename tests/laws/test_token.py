@@ -1,6 +1,7 @@
 """Laws of a tuned word: it changes nothing at first, trains alone, and needs no backpropagation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from pocketune.models.load import ModelFolder
 from pocketune.plan.blocks import BlockPlan
 from pocketune.sample import generate
 from pocketune.sampling.draws import draw_samples
+from pocketune.train import new_optimizer, zeroth_order_step
 from tests.laws.test_step import make_batch
 
 PROMPT = "a photo of sks toy"
@@ -103,6 +105,21 @@ def test_projection_begins_after_its_steps_and_off_is_exact() -> None:
         on.after_step(step)
     assert not torch.equal(on.project("v", gradient), gradient)
     assert on.project("v", gradient).norm() < gradient.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "descent"])
+def test_a_step_takes_the_projected_gradient(tiny_model: ModelFolder, optimizer: str) -> None:
+    asked = recipe(**(ZOODIP | {"zo_optimizer": optimizer}))
+    adapter = tiny_model.load_denoiser(dtype=torch.float32, device=CPU)
+    tuned = TokenMethod().attach(adapter, plan=BlockPlan(6), recipe=asked, folder=tiny_model)
+    tuned = replace(tuned, project=lambda name, found: found if name == "text_encoder.vector" else torch.zeros_like(found))
+    before = {name: parameter.detach().clone() for name, parameter in tuned.parameters.items()}
+    adam = new_optimizer(tuned.parameters, asked)
+    zeroth_order_step(adapter, tuned, BlockPlan(6), asked, make_batch(), adam, step=0)
+    left = 1 - asked.zo_learning_rate * asked.weight_decay if optimizer == "descent" else 1.0  # what weight decay alone leaves
+    other = "text_encoder_2.vector"
+    torch.testing.assert_close(tuned.parameters[other].detach(), before.pop(other) * left, rtol=1e-6, atol=0)
+    assert not torch.allclose(tuned.parameters["text_encoder.vector"], before["text_encoder.vector"] * left, rtol=1e-6)
 
 
 def test_timesteps_keep_to_their_part() -> None:

@@ -73,6 +73,10 @@ def test_fault_names_the_field(field, value):
     assert field in fault(**{field: value})
 
 
+def test_a_mixture_whose_zeroth_order_steps_become_rarer_is_refused():
+    assert "mix_end 0.4 is above mix_start 0.3" in fault(gradient="mixed", mix_start=0.3)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
