@@ -96,13 +96,14 @@ def _measure_costs(options: argparse.Namespace) -> None:
 
 
 def settings_text(recipe: dict[str, Any]) -> str:
-    """What the recipe changes from its defaults, on one line; equal recipes give equal text.
+    """What the recipe changes from its defaults for LoRA, on one line; equal recipes give equal text.
 
     Raises:
         RecipeError: a value is not valid.
     """
-    Recipe.create(instance_prompt="a photo", **recipe)
-    return fields_text(recipe) or "default recipe"
+    plain = Recipe.relevant(recipe)
+    Recipe.create(instance_prompt="a photo", **plain)
+    return fields_text(plain) or "default recipe"
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             msg = f"cannot read the recipe {options.recipe}: {error}."
             raise RecipeError(msg) from error
-        own = {name for method in METHODS.values() for name in (*method.changes, *method.rates)}
+        own = {name for method in METHODS.values() for name in method.changes}
         if taken := sorted((own | {"instance_prompt", "sample_prompts", "seed"}) & recipe.keys()):
             msg = (
                 f"subjects, seeds and methods set {', '.join(taken)}, and {options.recipe} does too. Take it out of that file."

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
 
     quiet_loading()
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    recipe = Recipe.create(**Recipe.relevant(request["recipe"]))
+    recipe = Recipe.create(**request["recipe"])
     personalize(request["photos"], model=request["model"], recipe=recipe, out=request["out"])
     return 0
 

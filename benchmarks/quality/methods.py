@@ -7,37 +7,50 @@ from typing import Any
 
 from pocketune.recipe import Recipe
 
-POCKET_RECIPE: dict[str, Any] = {"steps": 300, "learning_rate": 4e-3, "rank": 8, "sample_steps": 28, "guidance_scale": 4.0}
-"""What differs from the defaults of `Recipe`: the built-in model is small, and was trained with a larger learning rate too."""
-POCKET_RECIPES = {"pocket-sd3": POCKET_RECIPE, "pocket-sd15": POCKET_RECIPE | {"steps": 600, "learning_rate": 2e-3}}
-"""Of each built-in model; the U-Net learns shapes more slowly, and forgets what prompts mean at 4e-3."""
+POCKET_RECIPE: dict[str, Any] = {
+    "steps": 300,
+    "learning_rate": 4e-3,
+    "scale_learning_rate": 4e-2,
+    "scale_in_learning_rate": 1e-2,
+    "rank": 8,
+    "sample_steps": 28,
+    "guidance_scale": 4.0,
+}
+"""What differs from the defaults of `Recipe`: the built-in model is small, and was trained with a larger learning rate too.
+
+The rates of scales are the best of those tried on three subjects; at lower ones they learn less.
+"""
+POCKET_RECIPES = {
+    "pocket-sd3": POCKET_RECIPE,
+    "pocket-sd15": POCKET_RECIPE
+    | {"steps": 600, "learning_rate": 2e-3, "scale_learning_rate": 1e-2, "scale_in_learning_rate": 2.5e-3},
+}
+"""Of each built-in model; the U-Net learns shapes more slowly, and forgets what prompts mean at higher rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A named way: `source` is "model" (untrained), "lora" (trained with `changes` to the recipe) or "renderer".
 
-    `rates` are learning rates, as multiples of the recipe's own of LoRA, which suits the model; `longer` multiplies its steps.
+    `longer` multiplies the recipe's steps.
     """
 
     name: str
     label: str
     source: str
     changes: dict[str, Any] = field(default_factory=dict)
-    rates: dict[str, float] = field(default_factory=dict)
     longer: float = 1.0
 
     def changed(self, base: dict[str, Any]) -> dict[str, Any]:
-        """A recipe with what the method changes; without a learning rate in it, scales keep the defaults of theirs."""
-        rates = {name: times * base["learning_rate"] for name, times in self.rates.items() if "learning_rate" in base}
-        steps = (
-            {} if self.longer == 1 else {"steps": round(self.longer * base.get("steps", Recipe.model_fields["steps"].default))}
-        )
-        return base | self.changes | rates | steps
+        """A recipe with what the method changes, less what then has no effect."""
+        steps = base.get("steps", Recipe.model_fields["steps"].default)
+        longer = {} if self.longer == 1 else {"steps": round(self.longer * steps)}
+        return Recipe.relevant(base | self.changes | longer)
 
     def changes_text(self, base: dict[str, Any]) -> str:
         """What a recipe has otherwise with this method."""
-        return fields_text({name: value for name, value in self.changed(base).items() if base.get(name) != value})
+        before = Recipe.relevant(base)
+        return fields_text({name: value for name, value in self.changed(base).items() if before.get(name) != value})
 
 
 def fields_text(fields: dict[str, Any]) -> str:
@@ -56,8 +69,7 @@ def _patches(name: str, label: str, patches: str = "dynamic", *, longer: float =
 
 def _scales(name: str, label: str, bits: int, *, intervals: int, inputs: bool) -> Method:
     changes = {"method": "scales", "weight_bits": bits, "scale_intervals": intervals, "scale_inputs": inputs}
-    rates = {"scale_learning_rate": 5.0} | ({"scale_in_learning_rate": 1.25} if inputs else {})
-    return Method(name=name, label=label, source="lora", changes=changes, rates=rates)
+    return Method(name=name, label=label, source="lora", changes=changes)
 
 
 BY_SCHEDULE = (
@@ -95,11 +107,7 @@ PACKED = tuple(
         ),
     )
 )
-"""Rows of TuneQDM: LoRA and scales over the same packed weights.
-
-With pocket-sd3 the rates of scales lie between those tried on two subjects: 1e-2 learned little, and at 3e-2 prompts were
-followed less.
-"""
+"""Rows of TuneQDM: LoRA and scales over the same packed weights."""
 ZOODIP = Method(
     name="zoodip",
     label="ZOODiP: one word, zeroth order, 8 bit",

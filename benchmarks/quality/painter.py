@@ -85,7 +85,7 @@ def subject_recipe(subject: BoothSubject, recipe: dict[str, Any]) -> dict[str, A
 
 def method_recipe(method: Method, base: dict[str, Any]) -> Recipe:
     """A base recipe with a method's changes, less what the method does not take."""
-    return Recipe.create(**Recipe.relevant(method.changed(base)))
+    return Recipe.create(**method.changed(base))
 
 
 def save_photos(subject: BoothSubject, folder: Path) -> list[Path]:

@@ -91,7 +91,7 @@ def _scales(
     adapter: DenoiserAdapter, plan: BlockPlan, recipe: Recipe, weights: DenoiserWeights, packing: Packing | None
 ) -> Trained:
     packed = [] if packing is None else [name for name, _ in adapter.model.named_modules() if f"{name}.weight" in packing.names]
-    layers = trained_layers(adapter, plan, packed)
+    layers = trained_layers(adapter, plan, packed, targets=recipe.scale_targets)
     if packing is None or not layers:
         msg = "no layer of the kept blocks is packed, so there are no scales to train. Skip fewer blocks."
         raise RecipeError(msg)

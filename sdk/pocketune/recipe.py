@@ -111,6 +111,11 @@ class Recipe(BaseModel):
     quantizer: Literal["minmax", "hqq"] = Field(default="minmax", description='How codes are chosen; "hqq" needs torchao.')
     scale_intervals: int = Field(default=2, ge=1, le=1000, description="Intervals of timesteps with scales of their own.")
     scale_inputs: bool = Field(default=True, description="Tune the scales of input channels too; false: PEQA.")
+    scale_targets: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description='Parts of a block with scales that train, as "attn"; default: those of the model.',
+    )
     scale_learning_rate: float = Field(default=3e-3, gt=0, description="Of output scales, relative to the quantizer's.")
     scale_in_learning_rate: float = Field(default=1e-3, gt=0, description="Of input scales.")
     token: str = Field(default="sks", min_length=1, description="The word of the prompt whose embedding is tuned.")

@@ -179,8 +179,9 @@ def test_every_method_is_a_valid_recipe_and_every_group_names_methods():
         recipe = method_recipe(method, subject_recipe(pocket_subjects(1)[0], POCKET_RECIPE))
         assert (recipe.learning_rate == POCKET_RECIPE["learning_rate"]) is (recipe.why_without_effect("learning_rate") is None)
         if recipe.method == "scales":
-            assert recipe.scale_learning_rate == 5 * POCKET_RECIPE["learning_rate"]
-            assert method.changed({"steps": 1}).keys() == {"steps", *method.changes}
+            assert recipe.scale_learning_rate == POCKET_RECIPE["scale_learning_rate"]
+            assert f"scale_learning_rate {recipe.scale_learning_rate}" in method.changes_text(POCKET_RECIPE)
+            assert "scale_learning_rate" not in settings_text(POCKET_RECIPE)
         assert recipe.steps == (450 if "longer" in method.name else 300)
     for group, names in GROUPS.items():
         assert _method_names(group) == list(names)
@@ -200,7 +201,7 @@ def test_command_refuses_what_it_does_not_know(tmp_path, capsys):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("steps = 5\nskip = 'auto'\nscale_learning_rate = 1e-3\nseed = 1\n")
     assert main(["--recipe", str(recipe), "--out", str(tmp_path / "rows.jsonl")]) == 2
-    assert "scale_learning_rate, seed, skip" in capsys.readouterr().err
+    assert "set seed, skip" in capsys.readouterr().err
 
 
 def test_settings_text_does_not_depend_on_order():

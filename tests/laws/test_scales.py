@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pocketune.weights.layers as layers
 from pocketune import Recipe, personalize
-from pocketune.errors import FileFormatError, PlanError
+from pocketune.errors import FileFormatError, PlanError, RecipeError
 from pocketune.inspection import inspect
 from pocketune.methods.scales import ScalesMethod, add_scales, intervals_of, load_scales, merge, packed_layers, trained_layers
 from pocketune.models.base import Prompt, denoise
@@ -146,6 +146,36 @@ def test_a_batch_may_mix_intervals_and_each_trains_its_own() -> None:
     layer.selected.rows = (2, 0, 1)
     with pytest.raises(PlanError, match="3 samples"):
         layer(x)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "flux", "pixart", "sana", "sd15"])
+def test_scales_of_a_transformer_train_where_tokens_are_seen(
+    tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder], name: str
+) -> None:
+    folder = tiny_model if name == "tiny-sd3" else tiny_pipelines(name)
+    adapter = folder.empty_denoiser()
+    plan = BlockPlan(adapter.block_count)
+    linears = [path for path, layer in adapter.model.named_modules() if isinstance(layer, nn.Linear)]
+    found = trained_layers(adapter, plan, linears)
+    assert found
+    if name == "sd15":
+        assert found == linears
+        return
+    blocks = tuple(f"{part}." for index in plan.kept for part in adapter.block_parts(index))
+    assert all(path.startswith(blocks) for path in found)
+    left = [path for path in linears if path.startswith(blocks) and path not in found]
+    assert all(".norm" in path for path in left)
+    part = adapter.default_scale_targets[0]
+    assert set(trained_layers(adapter, plan, linears, targets=[part])) < set(found)
+
+
+def test_a_part_without_packed_layers_is_refused_before_anything_is_made(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path
+) -> None:
+    asked = Recipe.create(instance_prompt="a photo of sks toy", method="scales", weight_bits=8, scale_targets=["attn", "mlp"])
+    with pytest.raises(RecipeError, match='"mlp"'):
+        personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("timestep", "interval"), [(100.0, "0"), (900.0, "3")])

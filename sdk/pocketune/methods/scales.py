@@ -5,13 +5,14 @@ pair. Row scales alone are PEQA (arXiv 2305.14152).
 Differs: the released layer builds the float weight under autograd, which then keeps a copy of every weight; here none is
 kept (`weights.layers`). 4-bit codes are two to a byte. s_out is held relative to the quantizer's scale and s_in begins at 1,
 so that a learning rate means the same in every layer and at any number of bits; each has its own. Each interval has its own
-parameters, so that AdamW leaves those that were not used alone. A batch may mix intervals.
+parameters, so that AdamW leaves those that were not used alone. A batch may mix intervals. Of transformers only layers that see
+tokens train by default, as those that shift and gate them by the timestep made prompts count less; the paper tunes U-Nets.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ class ScalesMethod:
         recipe: Recipe,
         folder: ModelFolder,  # noqa: ARG002
     ) -> Tuned:
-        """Give packed layers scales of one; of those outside of blocks only where nothing is skipped.
+        """Give those of the packed layers that train scales of one.
 
         Raises:
-            RecipeError: no layer is packed.
+            RecipeError: no layer is packed, or none of those that `scale_targets` names.
         """
         adapter.model.requires_grad_(False)
-        names = trained_layers(adapter, plan, packed_layers(adapter.model))
+        names = trained_layers(adapter, plan, packed_layers(adapter.model), targets=recipe.scale_targets)
         if not names:
             msg = 'method = "scales" tunes scales of packed weights, and none are packed. Set weight_bits to 8 or 4.'
             raise RecipeError(msg)
@@ -97,10 +98,36 @@ class ScalesMethod:
         load_scales(getattr(pipeline, folder.family.component), path, folder)
 
 
-def trained_layers(adapter: DenoiserAdapter, plan: BlockPlan, packed: Iterable[str]) -> list[str]:
-    """Those of the packed layers whose scales train: of kept blocks, or all of them where nothing is skipped."""
+def trained_layers(
+    adapter: DenoiserAdapter, plan: BlockPlan, packed: Iterable[str], *, targets: Sequence[str] | None = None
+) -> list[str]:
+    """Those of the packed layers whose scales train.
+
+    Args:
+        adapter: a denoiser, packed or not.
+        plan: layers of skipped blocks do not train; where any are skipped, neither do layers outside of blocks.
+        packed: names of the packed layers.
+        targets: parts of a block, as "attn"; default: the adapter's own, which may be all layers, outside of blocks too.
+
+    Raises:
+        RecipeError: one of the parts that are asked for is in no kept block.
+    """
     kept = tuple(f"{part}." for index in plan.kept for part in adapter.block_parts(index))
-    return [name for name in packed if not plan.skipped or name.startswith(kept)]
+    parts = targets or adapter.default_scale_targets
+    if parts is None:
+        return [name for name in packed if not plan.skipped or name.startswith(kept)]
+    inside = [name for name in packed if name.startswith(kept)]
+    for part in targets or ():
+        if inside and not any(_is_in(name, part) for name in inside):
+            msg = (
+                f'no packed layer of the kept blocks is in a part named "{part}". Leave scale_targets out for the model\'s own.'
+            )
+            raise RecipeError(msg)
+    return [name for name in inside if any(_is_in(name, part) for part in parts)]
+
+
+def _is_in(layer: str, part: str) -> bool:
+    return f".{part}." in f"{layer}."
 
 
 def metadata_of(recipe: Recipe, model: nn.Module, *, codes: str) -> dict[str, str]:

@@ -76,6 +76,9 @@ class DenoiserAdapter(Protocol):
     model: Any  # an nn.Module; diffusers ships no types
     stream_names: tuple[str, ...]
     default_lora_targets: tuple[str, ...]
+    default_scale_targets: tuple[str, ...] | None
+    """Parts of blocks with scales that train: layers that see tokens, not those that shift them by the timestep. None: all
+    packed layers, in blocks or not."""
     unit_kinds: tuple[Any, ...]
     """Module classes whose activations are made again in backward when they are not kept."""
 

@@ -30,6 +30,7 @@ class PixArtAdapter(TransformerAdapter):
     stream_names: tuple[str, ...] = ("image",)
     unit_kinds: tuple[Any, ...] = (BasicTransformerBlock,)
     # Those targets of PixArt-alpha's train_pixart_lora_hf.py that lie in blocks.
+    default_scale_targets = ("attn1", "attn2", "ff")
     default_lora_targets: tuple[str, ...] = (
         "attn1.to_k",
         "attn1.to_q",

@@ -40,6 +40,7 @@ class FluxAdapter:
     stream_names = ("image", "text")
     unit_kinds: tuple[Any, ...] = (FluxTransformerBlock, FluxSingleTransformerBlock)
     # The targets of diffusers' train_dreambooth_lora_flux.py; single blocks have the first three.
+    default_scale_targets = ("attn", "ff", "ff_context", "proj_mlp", "proj_out")
     default_lora_targets = (
         *ATTENTION_TARGETS,
         "ff.net.0.proj",

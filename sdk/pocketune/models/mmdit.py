@@ -22,6 +22,7 @@ class SD3Adapter(TransformerAdapter):
     stream_names = ("image", "text")
     unit_kinds: tuple[Any, ...] = (JointTransformerBlock,)
     # The targets of diffusers' train_dreambooth_lora_sd3.py.
+    default_scale_targets = ("attn", "attn2", "ff", "ff_context")
     default_lora_targets = (
         "attn.add_k_proj",
         "attn.add_q_proj",

@@ -33,6 +33,7 @@ class UNetAdapter:
 
     stream_names: tuple[str, ...] = ("image",)
     unit_kinds: tuple[Any, ...] = (ResnetBlock2D, BasicTransformerBlock)
+    default_scale_targets = None
 
     def __init__(self, model: Any) -> None:
         """Wrap a model; it is neither copied nor changed.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pocketune.errors import PlanError
 from pocketune.methods.lora import check_targets
+from pocketune.methods.scales import trained_layers
 from pocketune.phases.state import Job
 from pocketune.plan.blocks import BlockPlan
 from pocketune.plan.skipping import plan_of
 from pocketune.sample import check_side
+from pocketune.weights.quantizers import packs
 
 
 def check_resolution(job: Job) -> None:
@@ -24,9 +26,12 @@ def check_resolution(job: Job) -> None:
 
 
 def plan_blocks(job: Job) -> BlockPlan:
-    """Which blocks are skipped; refuses what makes no sense for the architecture, LoRA targets among it."""
+    """Which blocks are skipped; refuses what makes no sense for the architecture, targets among it."""
     adapter = job.folder.empty_denoiser()
     plan = plan_of(adapter, job.recipe, folder=job.folder)
     if job.recipe.method == "lora":
         check_targets(adapter, blocks=plan.kept, targets=job.recipe.lora_targets)
+    if job.recipe.method == "scales" and job.recipe.weight_bits:
+        layers = [name for name, layer in adapter.model.named_modules() if packs(layer, job.recipe.weight_bits)]
+        trained_layers(adapter, plan, layers, targets=job.recipe.scale_targets)
     return plan
