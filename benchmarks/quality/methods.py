@@ -185,5 +185,8 @@ GROUPS = {
     "packed": ("none", "lora", *(method.name for method in PACKED), ZOODIP.name, "renders"),
 }
 """The rows of the papers: DiT-BlockSkip's tables and ablations, Hollowed Net's, selective optimization's, TuneQDM's."""
-OVERVIEW = ("none", "lora", "patches", "skip50", "skip50-no-residuals", "hollow30", "bp-low-zo-high", "tuneqdm8-2", "renders")
+OVERVIEW = (
+    *("none", "lora", "patches", "skip50", "skip50-patches", "skip50-patches-longer"),
+    *("hollow30", "bp-low-zo-high", "tuneqdm8-1", "renders"),
+)
 """One row or two of each line of research."""
