@@ -48,7 +48,7 @@ class PocketunePainter:
     def _generate(self, texts: Sequence[str], seed: int, lora: Path | None) -> list[Image.Image]:
         from pocketune.sample import generate
 
-        defaults = Recipe.create(instance_prompt="a photo", **self._recipe)
+        defaults = Recipe.create(**Recipe.relevant({"instance_prompt": "a photo"} | self._recipe))
         return generate(
             self._model,
             list(texts),

@@ -234,7 +234,7 @@ def test_training_gets_the_methods_recipe_and_is_done_once(tmp_path, monkeypatch
     monkeypatch.setattr(
         "pocketune.sample.generate", lambda model, prompts, **kwargs: loras.append(kwargs["lora"]) or [None] * len(prompts)
     )
-    painter = PocketunePainter("m", {"steps": 7}, tmp_path)
+    painter = PocketunePainter("m", POCKET_RECIPE | {"steps": 7}, tmp_path)
     subject = pocket_subjects(1)[0]
     for name, seed in (("lora", 0), ("skip50", 0), ("skip50-no-residuals", 0), ("skip50", 0), ("skip50", 1)):
         painter.paint(METHODS[name], subject, subject.prompts, seed)
