@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ Values = Mapping[str, Any]
 
 _BY_BACKPROP = ("backprop", "mixed")
 _MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
-    ("cache_limit_mb", "skip", ()),
-    ("cache_limit_mb", "use_residuals", (True,)),
+    ("use_residuals", "skip", ()),
+    ("cache_", "skip", ()),
+    ("cache_", "use_residuals", (True,)),
     ("zo_", "gradient", ("zeroth_order", "mixed")),
     ("zo_", "mix_largest", ()),
     ("mix_", "gradient", ("mixed",)),
@@ -41,8 +43,9 @@ _MATTERS: tuple[tuple[str, str, tuple[object, ...]], ...] = (
     ("mode_scale", "weighting_scheme", ("mode",)),
 )
 """Fields by the beginning of their names, the setting that they depend on, and its values with which they have an effect; none
-named: any but those of `_OFF`. A setting without effect decides nothing."""
+named: any that is not off (`_is_off`). A setting without effect decides nothing."""
 _OFF = (None, 0, "none")
+_NO_SHARE = re.compile(r"(auto|hollow|first|last):(0(\.0+)?|\.0+)")
 _RATES = {"learning_rate": "Zeroth-order steps have zo_learning_rate, scales have scale_learning_rate."}
 
 
@@ -51,7 +54,7 @@ def contradictions(given: Values, defaults: Values) -> Iterator[str]:
 
     A setting without effect is one of them, as it would mean that something else was wanted.
     """
-    cached = given["skip"] != "none" and given["use_residuals"]
+    cached = skips_blocks(given["skip"]) and given["use_residuals"]
     of_packed = given["method"] == "scales" or given["quantizer"] != "minmax"
     low, high = given["timestep_low"], given["timestep_high"]
     wrong: tuple[tuple[object, str], ...] = (
@@ -68,15 +71,6 @@ def contradictions(given: Values, defaults: Values) -> Iterator[str]:
             "positions are those of smaller images than the canvas, and there are none. Set patches, or leave it out.",
         ),
         (
-            given["skip"] == "none" and not given["use_residuals"],
-            'use_residuals is about skipped blocks, and none are skipped. Set skip = "auto", or leave it out.',
-        ),
-        (
-            given["cache_dtype"] != "float32" and not cached,
-            "cache_dtype is about the features of skipped blocks, and none are stored. Skip blocks with residuals, or "
-            "leave it out.",
-        ),
-        (
             given["refresh_every"] and not cached and given["draws"] is None and given["patches"] in ("none", "resize"),
             "refresh_every renews a pool, and there is none: no features are stored and every sample is its own draw. Skip "
             "blocks with residuals, set draws, or leave it out.",
@@ -86,7 +80,7 @@ def contradictions(given: Values, defaults: Values) -> Iterator[str]:
             "activations are kept for backward, and zeroth order has none. Leave activations out.",
         ),
         (
-            given["method"] == "token" and given["skip"] != "none",
+            given["method"] == "token" and skips_blocks(given["skip"]),
             "features of skipped blocks hold for one prompt, and the prompt is what trains with a token. Leave skip out.",
         ),
         (
@@ -138,8 +132,17 @@ def without_effect(given: Values, name: str) -> str | None:
         if not name.startswith(prefix) or without_effect(given, setting):
             continue
         value = given[setting]
-        if value not in wanted if wanted else value in _OFF:
+        if value not in wanted if wanted else _is_off(setting, value):
             change = f"{setting} to {' or '.join(map(str, wanted))}" if wanted else setting
             msg = f"{name} has no effect while {setting} is {value}. Set {change}, or leave {name} out."
             return f"{msg} {_RATES[name]}" if name in _RATES else msg
     return None
+
+
+def skips_blocks(skip: str) -> bool:
+    """Whether a recipe's `skip` leaves any block out: neither "none" nor a share of 0, as "auto:0", does."""
+    return skip not in _OFF and _NO_SHARE.fullmatch(skip) is None
+
+
+def _is_off(setting: str, value: Any) -> bool:
+    return not skips_blocks(value) if setting == "skip" else value in _OFF

@@ -18,7 +18,7 @@ from tests.reliability.test_architectures import quick_recipe
 Values = Mapping[str, Any]
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "skip": ("none", "auto", "auto:0.3", "first:0.3", "last:0.3", "hollow:0.3", "1-2"),
+    "skip": ("none", "auto:0", "hollow:0.0", "auto", "auto:0.3", "first:0.3", "last:0.3", "hollow:0.3", "1-2"),
     "use_residuals": (True, False),
     "patches": ("none", "dynamic", "resize"),
     "patch_min": (None, 16),
@@ -32,16 +32,20 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def skips(v: Values) -> bool:
+    return v["skip"] not in ("none", "auto:0", "hollow:0.0")
+
+
 def cached(v: Values) -> bool:
-    return v["skip"] != "none" and v["use_residuals"]
+    return skips(v) and bool(v["use_residuals"])
 
 
 # Why a combination makes no sense, whatever the model.
 NONSENSE: dict[str, Callable[[Values], bool]] = {
     "there are none": lambda v: v["patches"] == "none" and (v["patch_min"] or v["patch_max"]) is not None,
     "no largest patch": lambda v: v["patches"] == "resize" and v["patch_max"] is not None,
-    "none are skipped": lambda v: v["skip"] == "none" and not v["use_residuals"],
-    "none are stored": lambda v: v["cache_dtype"] != "float32" and not cached(v),
+    "use_residuals has no effect": lambda v: not skips(v) and not v["use_residuals"],
+    "cache_dtype has no effect": lambda v: v["cache_dtype"] != "float32" and not cached(v),
     "renews a pool": lambda v: (
         v["refresh_every"] is not None and not cached(v) and v["draws"] is None and v["patches"] != "dynamic"
     ),
@@ -51,7 +55,7 @@ NONSENSE: dict[str, Callable[[Values], bool]] = {
 # And what a U-Net cannot do besides.
 U_NET: dict[str, Callable[[Values], bool]] = {
     "cannot skip": lambda v: v["skip"] in ("first:0.3", "last:0.3", "1-2"),
-    "nothing would enter the decoder": lambda v: v["skip"] != "none" and not v["use_residuals"],
+    "nothing would enter the decoder": lambda v: skips(v) and not v["use_residuals"],
 }
 
 
@@ -87,7 +91,7 @@ def test_every_architecture_takes_every_plan_or_says_why(
             assert any(reason in str(error) for reason in reasons), (values, str(error))
         else:
             assert not reasons, values
-            assert bool(plan.skipped) == (skip != "none")
+            assert bool(plan.skipped) == skips(values)
 
 
 TOGETHER: tuple[tuple[str, dict[str, Any]], ...] = (

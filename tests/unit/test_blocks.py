@@ -28,8 +28,15 @@ def test_auto_keeps_the_papers_proportions() -> None:
 
 
 def test_a_share_is_a_run_around_the_middle() -> None:
-    shares = {"hollow:0": "none", "hollow:0.01": "5", "hollow:0.3": "4-7", "hollow:.5": "3-8"}
+    shares = {"hollow:0": "none", "hollow:0.01": "5", "hollow:0.3": "4-7", "hollow:.5": "3-8", "hollow:0.99": "0-10"}
     assert {text: parse_plan(text, 12).describe() for text in shares} == shares
+
+
+@given(st.integers(2, 60), st.floats(0, 1, exclude_max=True))
+def test_every_kind_of_share_is_rounded_alike(blocks: int, share: float) -> None:
+    kinds = ("auto", "first", "last", "hollow")
+    counts = {len(parse_plan(f"{kind}:{share:.6f}", blocks).skipped) for kind in kinds if f"{share:.6f}" < "1"}
+    assert counts <= {number_to_skip(blocks, float(f"{share:.6f}"))}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,6 @@ def test_a_share_is_a_run_around_the_middle() -> None:
     [
         ("hollow:1", "share of blocks"),
         ("hollow:", "share of blocks"),
-        ("hollow:0.99", "all 12"),
         ("0-12", "block 12"),
         ("5-3", "5-3"),
         ("x", "skip range"),

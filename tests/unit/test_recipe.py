@@ -96,6 +96,9 @@ def test_a_mixture_whose_zeroth_order_steps_become_rarer_is_refused():
         ({"mode_scale": 1.0}, "weighting_scheme to mode"),
         ({"cache_limit_mb": 100}, "Set skip, or leave cache_limit_mb out"),
         ({"skip": "0-1", "use_residuals": False, "cache_limit_mb": 100}, "use_residuals to True"),
+        ({"skip": "auto:0", "cache_limit_mb": 100}, "while skip is auto:0. Set skip"),
+        ({"skip": "hollow:.00", "cache_dtype": "int8"}, "while skip is hollow:.00"),
+        ({"skip": "last:0.0", "use_residuals": False}, "while skip is last:0.0"),
         ({"gradient": "mixed", "mix_largest": 0.0, "zo_queries": 2}, "Set mix_largest, or leave zo_queries out"),
         ({"gradient": "mixed", "mix_largest": 0.0, "mix_start": 0.5}, "mix_largest"),
         ({"gradient": "mixed", "mix_largest": 0.0, "mix_end": 0.5}, "mix_largest"),
@@ -126,6 +129,13 @@ def test_what_turns_an_effect_on_lets_the_field_pass():
         {"skip": "0-1", "steps": 20, "refresh_every": 19},
     ):
         assert Recipe.create(instance_prompt=PROMPT, **values)
+
+
+def test_a_share_of_nothing_skips_no_block():
+    reason = fault(skip="hollow:0", refresh_every=10)
+    assert "there is none" in reason and reason == fault(skip="none", refresh_every=10)
+    assert Recipe.create(instance_prompt=PROMPT, skip="hollow:0", method="token")
+    assert "one prompt" in fault(skip="hollow:0.01", method="token")
 
 
 def test_a_change_is_validated_and_keeps_what_was_given():

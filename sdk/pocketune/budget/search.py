@@ -12,6 +12,7 @@ from pocketune.budget.ledger import Ledger
 from pocketune.errors import PlanError, PocketuneError
 from pocketune.models.load import ModelFolder
 from pocketune.recipe import Recipe
+from pocketune.rules import skips_blocks
 from pocketune.units import readable_size
 
 MARGIN = 0.05
@@ -249,7 +250,7 @@ def _proposals(recipe: Recipe, folder: ModelFolder) -> Iterator[tuple[str, dict[
     if recipe.patches == "none":
         for side in sides:
             yield f"--resolution {side}", {"resolution": side}
-    if recipe.skip == "none":
+    if not skips_blocks(recipe.skip):
         yield "--skip auto", {"skip": "auto"}
         if recipe.patches == "none" and sides:
             yield f"--skip auto --resolution {sides[-1]}", {"skip": "auto", "resolution": sides[-1]}

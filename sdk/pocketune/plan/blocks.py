@@ -149,8 +149,8 @@ def usual_split(block_count: int, fraction: float) -> BlockPlan:
 
 
 def middle_run(block_count: int, fraction: float) -> BlockPlan:
-    """Skip about a share of the blocks around the middle of the list; 0 skips none, any other share at least one."""
-    count = max(1, round(fraction * block_count)) if fraction else 0
+    """Skip a share of the blocks, as `number_to_skip` rounds it, around the middle of the list."""
+    count = number_to_skip(block_count, fraction)
     start = (block_count - count) // 2
     return BlockPlan(block_count, tuple(range(start, start + count)))
 
