@@ -224,6 +224,22 @@ def test_refreshed_features_train_the_same_and_take_less_disk(tiny_folder: Path,
     assert parts.plan["feature_cache_bytes"] < 0.5 * whole.plan["feature_cache_bytes"]
 
 
+def test_the_error_of_refreshed_features_is_that_of_the_worst_pool(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[float] = []
+
+    def falling(_: FeatureCache) -> float:
+        errors.append(0.5 / (1 + len(errors)))
+        return errors[-1]
+
+    monkeypatch.setattr(FeatureCache, "relative_error", property(falling))
+    asked = quick_recipe(skip="0-1", steps=3, refresh_every=1, cache_dtype="int8")
+    record = personalize(toy_photos, model=tiny_folder, recipe=asked, out=tmp_path / "run")
+    assert len(errors) == 3
+    assert record.plan["feature_cache_error"] == max(errors) == errors[0]
+
+
 @pytest.mark.parametrize(
     ("phase", "nth"),
     [

@@ -10,10 +10,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -86,6 +87,17 @@ def test_help_works(arguments: list[str]) -> None:
     result = runner.invoke(cli.app, [*arguments, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["personalize", "plan"])
+def test_help_of_a_choice_names_every_value(command: str) -> None:
+    told = {}
+    for option in typer.main.get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
+        field = Recipe.model_fields.get(option.name or "")
+        if field is not None and get_origin(field.annotation) is Literal:
+            values = get_args(field.annotation)
+            told[option.name] = [value for value in values if value not in re.findall(r"[\w-]+", option.help)]
+    assert {"method", "weights", "activations"} <= told.keys() and not any(told.values()), told
 
 
 def test_help_does_not_import_torch() -> None:

@@ -30,7 +30,9 @@ def personalize(
     model: Annotated[str, typer.Option(help="Built-in name, local diffusers folder, or hub id.")] = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of settings; options given here win over it.")] = None,
     skip: SkipOption = None,
-    patches: Annotated[str | None, typer.Option(help="Train on patches whose size follows the noise: none or dynamic.")] = None,
+    patches: Annotated[
+        str | None, typer.Option(help="Train on patches of the photos: none, dynamic, resize, high-to-low or random.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="What is tuned: lora, scales (of packed weights), or token.")] = None,
     gradient: Annotated[
         str | None, typer.Option(help="Gradient: backprop, zeroth_order (forward passes alone) or mixed.")

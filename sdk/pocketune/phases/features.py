@@ -90,7 +90,8 @@ def fill_cache(
             msg = "stopped while computing features; what is done is kept. Give the same command with --resume to go on."
             raise Interrupted(msg) from error
         del adapter
-    job.cache_bytes, job.cache_error = max(job.cache_bytes, cache.size_bytes), cache.relative_error
+    job.cache_bytes = max(job.cache_bytes, cache.size_bytes)
+    job.cache_error = max(job.cache_error, cache.relative_error)
     return cache
 
 

@@ -42,7 +42,7 @@ class Job:
         choices: of each step of mixed training, how its gradient is had.
         posteriors: latents of the crops that are in use.
         cache_bytes: of the largest feature cache so far.
-        cache_error: what storing changed in the last one, relative.
+        cache_error: the most that storing changed in one of them, relative.
     """
 
     recipe: Recipe
