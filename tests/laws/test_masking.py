@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pocketune.errors import ModelError
 from pocketune.methods.lora import add_lora
 from pocketune.models.base import DenoiserAdapter, Prompt, denoise
 from pocketune.models.load import ModelFolder
@@ -66,6 +67,49 @@ def test_masked_in_part_the_rest_still_sees_the_text(case: tuple[DenoiserAdapter
     for blocks in (seeing[:1], seeing[1:]):
         with text_masked(adapter, blocks):
             assert not torch.equal(output(0), output(1))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
+def test_text_still_sees_the_image(tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder], name: str) -> None:
+    """What the text becomes in a masked block is what it becomes without a mask, and depends on the image."""
+    model = tiny_model if name == "sd3" else tiny_pipelines(name)
+    adapter = model.load_denoiser(dtype=torch.float32, device=CPU)
+    text = adapter.stream_names.index("text")
+    (prompt,) = model.encode_prompts(TEXTS[:1], device=CPU).values()
+    generator = torch.Generator().manual_seed(1)
+    latents, others = (torch.randn(1, model.sizes.channels, 8, 8, generator=generator) for _ in range(2))
+    compared = 0
+    with torch.no_grad():
+        context = adapter.context(latents, torch.tensor([500.0]), prompt)
+        streams, seen = adapter.embed(latents, prompt), adapter.embed(others, prompt)
+        for index in range(adapter.block_count):
+            plain = adapter.block(index, streams, context)
+            with text_masked(adapter, [index]):
+                masked = adapter.block(index, streams, context)
+                other = adapter.block(index, tuple(seen[n] if n != text else streams[n] for n in range(2)), context)
+            assert not torch.allclose(masked[1 - text], plain[1 - text], rtol=1e-3, atol=1e-4)
+            if len(plain) > text:  # the last block ends the text stream
+                torch.testing.assert_close(masked[text], plain[text], rtol=1e-5, atol=1e-5)
+                assert not torch.allclose(masked[text], other[text], rtol=1e-3, atol=1e-4)
+                compared += 1
+            streams = plain
+    assert compared >= adapter.block_count - 1
+
+
+def test_attention_that_cannot_be_masked_is_refused(case: tuple[DenoiserAdapter, Callable[[int], Tensor]]) -> None:
+    """As by another attention backend of diffusers: a mask without effect would make every block look needless."""
+    adapter, output = case
+    plain = output(0)
+
+    def elsewhere(query: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.zeros_like(query)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", elsewhere)
+        assert output(0).isfinite().all()
+        with text_masked(adapter, range(adapter.block_count)), pytest.raises(ModelError, match="native attention backend"):
+            output(0)
+    assert torch.equal(output(0), plain)
 
 
 def test_an_error_inside_leaves_the_model_as_it_was(case: tuple[DenoiserAdapter, Callable[[int], Tensor]]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pocketune.errors import ModelError
 from pocketune.models.base import DenoiserAdapter, TextAttention
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask")
@@ -30,6 +31,9 @@ def text_masked(adapter: DenoiserAdapter, blocks: Iterable[int]) -> Iterator[Non
     Args:
         adapter: of the model.
         blocks: indices.
+
+    Raises:
+        ModelError: when the model runs, and its attention to text is not computed where it can be masked.
     """
     with ExitStack() as stack:
         for index in blocks:
@@ -40,14 +44,16 @@ def text_masked(adapter: DenoiserAdapter, blocks: Iterable[int]) -> Iterator[Non
 
 
 class _TextHidden(TorchFunctionMode):
-    """Changes the one attention function that all of diffusers' processors call.
+    """Changes the attention function that diffusers' processors call, with the native backend all of them.
 
     image, text: tokens of each that are joined in keys and queries; text is 0 where all keys are text.
+    has_hidden: whether it was called.
     """
 
     def __init__(self, *, image: int, text: int, text_first: bool) -> None:
         super().__init__()
         self._image, self._text, self._text_first = image, text, text_first
+        self.has_hidden = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -58,9 +64,11 @@ class _TextHidden(TorchFunctionMode):
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         query, key, value = given["query"], given["key"], given["value"]
         if not self._text:
+            self.has_hidden = True
             return query.new_zeros(*query.shape[:-1], value.shape[-1])
         if key.shape[-2] != self._image + self._text:
             return func(*args, **kwargs)  # attention of the image to itself, in blocks that have both
+        self.has_hidden = True
         visible = self._visible(query.device)
         mask = given.pop("attn_mask", None)
         if mask is None:
@@ -93,8 +101,16 @@ def _hide(attention: TextAttention) -> tuple[RemovableHandle, RemovableHandle]:
         mode.__enter__()  # type: ignore[no-untyped-call]
         open_modes.append(mode)
 
-    def leave(_: nn.Module, __: Any, ___: Any) -> None:
-        open_modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        mode = open_modes.pop()
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if output is not None and not mode.has_hidden:  # without an output the module failed, with a reason of its own
+            msg = (
+                f"cannot hide text in a {type(module).__name__}: its attention does not go through PyTorch's "
+                "scaled_dot_product_attention. Use diffusers' native attention backend: leave out attention_backend(), "
+                "set_attention_backend(), DIFFUSERS_ATTN_BACKEND and other processors."
+            )
+            raise ModelError(msg)
 
     module = attention.module
     return (
