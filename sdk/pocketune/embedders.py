@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from pocketune.models.quiet import quiet_hub
 
 DEFAULT_MODELS = {"dino": "facebook/dino-vits16", "clip": "openai/clip-vit-base-patch32"}
 """Those of the DreamBooth paper (Ruiz et al. 2023): ViT-S/16 DINO and CLIP ViT-B/32."""
+_DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Vision transformers whose first token is the class token, by the `model_type` of their configurations."""
 _CHUNK = 16
 
 
@@ -36,9 +39,14 @@ class DinoEmbedder:
         """Load from a local folder or a hub id.
 
         Raises:
-            ModelError: it cannot be loaded.
+            ModelError: it cannot be loaded, or is no DINO.
         """
-        self._network, self._processor = _load(model)
+        self._network, self._processor = _load(model, name=self.name, fits=_is_dino)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the weights."""
+        return _digest(self._network)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -56,9 +64,14 @@ class ClipEmbedder:
         """Load from a local folder or a hub id.
 
         Raises:
-            ModelError: it cannot be loaded.
+            ModelError: it cannot be loaded, or is no CLIP.
         """
-        self._network, self._processor = _load(model)
+        self._network, self._processor = _load(model, name=self.name, fits=_is_clip)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the weights."""
+        return _digest(self._network)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -73,18 +86,40 @@ def projected(features: Any) -> Tensor:
     return pooled
 
 
-def _load(model: str) -> tuple[Any, Any]:
+def _is_dino(network: Any) -> bool:
+    return network.config.model_type in _DINO_TYPES
+
+
+def _is_clip(network: Any) -> bool:
+    return hasattr(network, "get_image_features")
+
+
+def _load(model: str, *, name: str, fits: Callable[[Any], bool]) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
         with quiet_hub():
             network: Any = AutoModel.from_pretrained(model, dtype=torch.float32)
+            if not fits(network):
+                msg = (
+                    f"{model} is a {type(network).__name__}, expected a {name.upper()} such as {DEFAULT_MODELS[name]}. "
+                    "Give one, or choose the embedder that fits the model."
+                )
+                raise ModelError(msg)
             load_processor: Any = AutoImageProcessor.from_pretrained
             processor = load_processor(model)
     except (OSError, ValueError) as error:
         msg = f"cannot load the judge {model}: {first_line(error)}. Give a local folder or a hub id, and check the network."
         raise ModelError(msg) from error
     return network.eval().requires_grad_(False), processor
+
+
+def _digest(network: Any) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _pixels(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
