@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pocketune.errors import FileFormatError
 from pocketune.models.load import ModelFolder
 from pocketune.plan.selection import SELECTION_FILE, Measured, Selection, best_split, selection_of
-from pocketune.plan.skipping import plan_for
+from pocketune.plan.skipping import plan_for, plan_of
+from pocketune.recipe import Recipe
 from pocketune.selection.report import write_selection_report
 
 DISTANCE = st.floats(0, 2, allow_nan=False)
@@ -66,6 +67,8 @@ def test_auto_is_what_was_measured_of_these_weights(tiny_model: ModelFolder, tmp
     adapter = model.empty_denoiser()
     assert selection_of(model) is None
     assert plan_for(adapter, "auto").describe() == "0-1,5"
+    asked = Recipe.create(instance_prompt="a photo of sks toy", skip="auto")
+    assert plan_of(adapter, asked, folder=model).describe() == "0-1,5"
 
     # The last three blocks are harmless, the first ones are not.
     distances = measured((0, 1, 2, 3, 4, 5), (0, 0.1, 0.2, 0.3, 4, 5))
@@ -77,6 +80,9 @@ def test_auto_is_what_was_measured_of_these_weights(tiny_model: ModelFolder, tmp
     }
     assert chosen == {"auto": "3-5", "auto:0.7": "0,3-5", "auto:0": "none"}
     assert plan_for(adapter, "0-1", selection=found).describe() == "0-1"
+    for skip, blocks in (("auto", "3-5"), ("auto:0.7", "0,3-5"), ("first:0.5", "0-2")):
+        recipe = Recipe.create(instance_prompt="a photo of sks toy", skip=skip)
+        assert plan_of(adapter, recipe, folder=model).describe() == blocks
 
     found.model_copy(update={"fingerprint": "of other weights"}).write(folder / SELECTION_FILE)
     assert selection_of(model) is None
@@ -104,6 +110,14 @@ def test_same_search_however_far() -> None:
     assert not begun.complete
     assert begun.same_search(selection(measured((0, 1, 2, 3), (0, 1, 2, 3))))
     assert not begun.same_search(selection(measured((0,), (0,), name="other")))
+    judged = {"embedder_model": "facebook/dino-vits16", "embedder_digest": "00ff"}
+    assert not begun.same_search(begun.model_copy(update=judged))
+    assert begun.model_copy(update=judged).same_search(begun.model_copy(update=judged | {"embedder_model": "a/copy"}))
+
+
+def test_what_an_earlier_version_measured_is_read() -> None:
+    found = Selection.read(Path(__file__).parents[2] / "benchmarks/results/selection-pocket-sd3.json")
+    assert found.complete and found.embedder == "pocket" and found.embedder_digest is None
 
 
 @pytest.mark.parametrize(

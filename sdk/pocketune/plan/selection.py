@@ -9,9 +9,10 @@ Differs: D is averaged over a model's prompts and seeds, and over models, which 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +23,7 @@ from pocketune.plan.blocks import BlockPlan, skip_ends
 
 SELECTION_FILE = "selection.json"
 """Beside a model's `model_index.json`, it is what `skip = "auto"` looks up."""
+_WORDS = {"fingerprint": "weights of the model", "embedder_digest": "weights of the embedder"}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Selection(BaseModel):
     fingerprint: str = Field(description="Of the model's weights; splits of another model are not used.")
     blocks: int = Field(ge=2)
     embedder: str = Field(description="Who judged how far images are apart.")
+    embedder_model: str | None = Field(default=None, description="The judge's folder or hub id, where it is a model of others.")
+    embedder_digest: str | None = Field(default=None, description="Of the judge's weights; earlier versions did not write it.")
     steps: int = Field(ge=1)
     guidance: float = Field(ge=0)
     resolution: int = Field(ge=1)
@@ -105,10 +109,14 @@ class Selection(BaseModel):
         """Whether both measure the same thing, however far they got."""
         return self._asked() == other._asked()
 
+    def differences(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """In which of some settings, by the names of fields, this is another search; for a person to read."""
+        return tuple(_WORDS.get(name, name) for name, value in settings.items() if getattr(self, name) != value)
+
     def _asked(self) -> Selection:
-        return self.model_copy(
-            update={"models": tuple(m.model_copy(update={"first": (0.0,), "last": (0.0,)}) for m in self.models)}
-        )
+        models = tuple(m.model_copy(update={"first": (0.0,), "last": (0.0,)}) for m in self.models)
+        # Equal weights are the same judge, wherever they lie.
+        return self.model_copy(update={"models": models, "embedder_model": None})
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
