@@ -52,7 +52,8 @@ def select_blocks(
         with ProgressDisplay(Console(stderr=True), quiet=quiet) as display:
             found = sources.find_sources(
                 model,
-                work=work or out.with_name(f"{out.stem}-runs"),
+                out=out,
+                work=work,
                 runs=run or [],
                 embedder=embedder,
                 embedder_model=embedder_model,
@@ -62,8 +63,7 @@ def select_blocks(
                 model,
                 found.personalized,
                 out=out,
-                embed=found.embed,
-                embedder=found.embedder,
+                judge=found.judge,
                 seeds=seed or [0],
                 steps=steps,
                 guidance=found.guidance,

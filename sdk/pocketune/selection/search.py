@@ -41,13 +41,29 @@ class Personalized:
     prompts: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Says how far images are apart.
+
+    Attributes:
+        name: of the kind of embedding.
+        embed: says where images lie; distances are 1 minus cosines.
+        digest: of its weights.
+        model: folder or hub id; None: it comes with the package.
+    """
+
+    name: str
+    embed: Embed
+    digest: str
+    model: str | None = None
+
+
 def select_blocks(
     model: str | Path,
-    personalized: Sequence[Personalized],
+    personalized: Sequence[Personalized] | Callable[[], Sequence[Personalized]],
     *,
     out: Path,
-    embed: Embed,
-    embedder: str,
+    judge: Judge,
     seeds: Sequence[int] = (0,),
     steps: int = 28,
     guidance: float | None = None,
@@ -61,10 +77,10 @@ def select_blocks(
 
     Args:
         model: built-in name, diffusers folder or hub id.
-        personalized: models of some subjects; the more, the less the choice depends on one of them.
+        personalized: models of some subjects; the more, the less the choice depends on one of them. Or what makes them, which
+            is called after all that can be refused without them.
         out: the JSON file to write; a page with table and plot is written beside it.
-        embed: says where images lie; distances are 1 minus cosines.
-        embedder: its name.
+        judge: says how far images are apart.
         seeds: of the images, each for every prompt.
         steps: of the sampler.
         guidance: guidance scale; default: what suits the architecture.
@@ -74,48 +90,79 @@ def select_blocks(
 
     Raises:
         PlanError: the model is a U-Net, whose first and last blocks cannot be skipped, or cannot work at the resolution or
-            with so many steps.
+            with so many steps; or two of the personalized models are one.
         FileFormatError: the beginning of another search lies beside `out`, or a LoRA does not fit the model.
         Interrupted: on Ctrl-C; what is measured is kept.
     """
-    folder = open_model(model)
-    if issubclass(folder.family.adapter, SkipConnected):
-        msg = f"{folder.name} is a U-Net: it skips its middle, and there is no split of first and last blocks to search for."
-        raise PlanError(msg)
+    folder, torch_device = open_model(model), device_named(device)
+    refuse_unets(folder)
     side = folder.native_resolution if resolution is None else resolution
     check_side(folder, side)
     check_steps(folder, steps)
-    selection = Selection(
-        model=folder.name,
-        fingerprint=folder.fingerprint(),
-        blocks=folder.block_count,
-        embedder=embedder,
-        steps=steps,
-        guidance=folder.family.guidance if guidance is None else guidance,
-        resolution=side,
-        seeds=tuple(seeds),
-        models=tuple(
-            Measured(name=one.name, lora=file_sha256(find_result(one.lora)), prompts=one.prompts) for one in personalized
-        ),
-    )
+    settings: dict[str, Any] = {
+        "model": folder.name,
+        "fingerprint": folder.fingerprint(),
+        "blocks": folder.block_count,
+        "embedder": judge.name,
+        "embedder_digest": judge.digest,
+        "steps": steps,
+        "guidance": folder.family.guidance if guidance is None else guidance,
+        "resolution": side,
+        "seeds": tuple(seeds),
+    }
     partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        begun = Selection.read(partial)
-        if not begun.same_search(selection):
-            msg = f"{partial} is the beginning of another search. Delete it, or choose another --out."
-            raise FileFormatError(msg)
-        selection = begun
-    search = _Search(folder, selection, partial, embed, device_named(device), on_progress)
+    begun = Selection.read(partial) if partial.exists() else None
+    if begun is not None:
+        _refuse_another(partial, begun.differences(settings))
+    if callable(personalized):
+        personalized = personalized()
+    models = tuple(
+        Measured(name=one.name, lora=file_sha256(find_result(one.lora)), prompts=one.prompts) for one in personalized
+    )
+    _refuse_twins(models)
+    selection = Selection(**settings, embedder_model=judge.model, models=models)
+    if begun is not None:
+        _refuse_another(partial, () if begun.same_search(selection) else ("personalized models",))
+    search = _Search(folder, begun or selection, partial, judge.embed, torch_device, on_progress)
     try:
         for number, one in enumerate(personalized):
             search.measure(number, find_result(one.lora))
+        search.selection.write(out)
+        write_selection_report(search.selection, out.with_suffix(".html"))
     except KeyboardInterrupt as error:
         msg = "stopped; what is measured is kept. Give the same command to go on."
         raise Interrupted(msg) from error
-    search.selection.write(out)
-    write_selection_report(search.selection, out.with_suffix(".html"))
     partial.unlink(missing_ok=True)
     return search.selection
+
+
+def refuse_unets(folder: ModelFolder) -> None:
+    """Refuse a model in which there is nothing to search for.
+
+    Raises:
+        PlanError: it is a U-Net.
+    """
+    if issubclass(folder.family.adapter, SkipConnected):
+        msg = f"{folder.name} is a U-Net: it skips its middle, and there is no split of first and last blocks to search for."
+        raise PlanError(msg)
+
+
+def _refuse_another(partial: Path, differences: Sequence[str]) -> None:
+    if differences:
+        msg = (
+            f"{partial} is the beginning of another search, which differs in {', '.join(differences)}. Delete it, or choose "
+            "another --out."
+        )
+        raise FileFormatError(msg)
+
+
+def _refuse_twins(models: Sequence[Measured]) -> None:
+    names: dict[str, str] = {}
+    for one in models:
+        if one.lora in names:
+            msg = f"{names[one.lora]} and {one.name} are one LoRA, whose subject would count twice. Give each subject once."
+            raise PlanError(msg)
+        names[one.lora] = one.name
 
 
 @dataclass

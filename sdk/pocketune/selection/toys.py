@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pocketune.atomic import replacing
+from pocketune.errors import Interrupted
 from pocketune.job import personalize
 from pocketune.pocket.draw import render
 from pocketune.pocket.scenes import BACKGROUNDS, TOY, random_scene, toy_identity
@@ -38,6 +39,9 @@ def personalized_toys(
         count: how many toys.
         steps: of each training.
         on_progress: called with every bit of progress.
+
+    Raises:
+        Interrupted: on Ctrl-C; what is trained is kept.
     """
     found = []
     for number in range(count):
@@ -54,7 +58,11 @@ def personalized_toys(
                 seed=number,
             )
             photos = _photos(number, work / "photos" / run.name)
-            personalize(photos, recipe=recipe, out=run, model=model, resume=run.exists(), on_progress=on_progress)
+            try:
+                personalize(photos, recipe=recipe, out=run, model=model, resume=run.exists(), on_progress=on_progress)
+            except (Interrupted, KeyboardInterrupt) as error:  # which would speak of the command that trains
+                msg = f"stopped while training {run.name}; what is done is kept. Give the same command to go on."
+                raise Interrupted(msg) from error
         found.append(Personalized(name=run.name, lora=run / LORA_FILE, prompts=prompts))
     return found
 
