@@ -189,19 +189,20 @@ def _sana() -> SanaPipeline:
     )
 
 
-def _sd15(prediction: str = "epsilon") -> StableDiffusionPipeline:
+def _sd15(prediction: str = "epsilon", **changes: Any) -> StableDiffusionPipeline:
     """Two stages of two layers, so eleven blocks, the middle being block 4."""
     clip = new_tokenizer()
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 64,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
     return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=64,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
+        unet=UNet2DConditionModel(**(settings | changes)),
         scheduler=PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1, prediction_type=prediction),
         vae=autoencoder(),
         text_encoder=CLIPTextModel(new_text_encoder(clip).config),
@@ -210,6 +211,11 @@ def _sd15(prediction: str = "epsilon") -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _sd2() -> StableDiffusionPipeline:
+    """As above with what Stable Diffusion 2 changed: Linears around attention, heads that differ by stage, and v."""
+    return _sd15("v_prediction", use_linear_projection=True, attention_head_dim=(2, 4), upcast_attention=True)
 
 
 def _sdxl() -> StableDiffusionXLPipeline:
@@ -281,7 +287,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart": _pixart,
     "sana": _sana,
     "sd15": _sd15,
-    "sd2": lambda: _sd15("v_prediction"),
+    "sd2": _sd2,
     "sd3": _sd3,
     "sd35": lambda: _sd3(dual_attention=(0, 1)),
     "sdxl": _sdxl,

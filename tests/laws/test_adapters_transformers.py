@@ -244,6 +244,7 @@ def test_flux_that_edits_images_is_refused(tiny_pipelines: Pipelines) -> None:
 @pytest.mark.parametrize(
     ("name", "blocks", "parameters"),
     [
+        ("sd3-medium", 24, 2.03e9),  # the card says 2 billion
         ("sd35-medium", 24, 2.24e9),  # with its position table, a buffer of 0.23e9, the card's 2.5 billion
         ("flux1-dev", 57, 11.90e9),  # the card says 12 billion
         ("pixart-sigma-xl-1024", 28, 0.61e9),
@@ -261,6 +262,8 @@ def test_published_configurations_have_the_published_sizes(name: str, blocks: in
 def test_there_are_no_other_published_configurations() -> None:
     folder = Path(load.__file__).parent / "configs"
     assert {path.stem for path in folder.iterdir()} == set(PUBLISHED)
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in PUBLISHED)
     with pytest.raises(ModelError, match="flux1-dev"):
         published("flux9")
 

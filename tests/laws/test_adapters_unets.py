@@ -25,7 +25,7 @@ from tests.tiny_models import with_values
 
 CPU = torch.device("cpu")
 Pipelines = Callable[[str], ModelFolder]
-every_unet = pytest.mark.parametrize("name", ["sd15", "sdxl"])
+every_unet = pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
 ALL_PLANS = ("4", "3-5", "2-6", "1-8", "3-6", "4-5")
 
 
@@ -168,7 +168,7 @@ def test_hollowed_gradients_are_those_of_a_constant_middle(tiny_pipelines: Pipel
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     encoder = [value for key, value in zip(full, found, strict=True) if key.startswith("down_blocks")]
     assert all(bool(value.any()) for value in encoder)
-    assert bool(encoder) == (name == "sd15")  # the tiny SDXL has no attention in its first stage
+    assert bool(encoder) == (name != "sdxl")  # the tiny SDXL has no attention in its first stage
 
 
 @every_unet
@@ -286,7 +286,8 @@ def test_the_refiner_of_sdxl_is_refused_when_it_is_opened(tiny_pipelines: Pipeli
 
 
 @pytest.mark.parametrize(
-    ("name", "blocks", "middle", "parameters"), [("sd15", 21, 8, 859_520_964), ("sdxl", 16, 6, 2_567_463_684)]
+    ("name", "blocks", "middle", "parameters"),
+    [("sd15", 21, 8, 859_520_964), ("sd21", 21, 8, 865_910_724), ("sdxl", 16, 6, 2_567_463_684)],
 )
 def test_published_configurations_have_the_published_sizes(name: str, blocks: int, middle: int, parameters: int) -> None:
     adapter = published(name)

@@ -64,4 +64,4 @@ def test_flux_takes_the_text_that_its_variant_was_made_with(tiny_pipelines: Pipe
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_usual_sides(name: str) -> None:
-    assert PublishedModel(name).native_resolution == (512 if name == "sd15" else 1024)
+    assert PublishedModel(name).native_resolution == {"sd15": 512, "sd21": 768}.get(name, 1024)

@@ -13,7 +13,17 @@ from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.models.registry import family_named
 
-PUBLISHED = ("sd35-medium", "flux1-dev", "pixart-sigma-xl-1024", "sana-1600m-1024", "sana-600m-1024", "sd15", "sdxl")
+PUBLISHED = (
+    "sd3-medium",
+    "sd35-medium",
+    "flux1-dev",
+    "pixart-sigma-xl-1024",
+    "sana-1600m-1024",
+    "sana-600m-1024",
+    "sd15",
+    "sd21",
+    "sdxl",
+)
 
 
 def published_config(name: str) -> dict[str, Any]:
