@@ -19,6 +19,7 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.sample import generate
 from pocketune.sampling.draws import draw_samples
 from pocketune.train import new_optimizer, zeroth_order_step
+from pocketune.weights import stream
 from tests.laws.test_step import make_batch
 
 PROMPT = "a photo of sks toy"
@@ -63,6 +64,22 @@ def test_a_fresh_word_is_the_word_itself(tiny_model: ModelFolder) -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients)
     other = TokenMethod().attach(adapter, plan=BlockPlan(6), recipe=recipe(token_start="toy"), folder=tiny_model)
     assert all(TokenMethod().change(other).values())
+
+
+def test_a_packed_encoder_leaves_its_words_on_disk(tiny_model: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the bit, wherever the table lies."""
+    adapter, asked = tiny_model.load_denoiser(dtype=torch.float32, device=CPU), recipe(weight_bits=8, token_start="toy")
+    tuned = [TokenMethod().attach(adapter, plan=BlockPlan(6), recipe=asked, folder=tiny_model)]
+    monkeypatch.setattr(stream, "SMALLEST_STREAMED", 1)
+    tuned.append(TokenMethod().attach(adapter, plan=BlockPlan(6), recipe=asked, folder=tiny_model))
+    held, on_disk = ([token.table for _, token in one.owner.named_children()] for one in tuned)
+    assert not any(isinstance(table, stream.StreamedEmbedding) for table in held)
+    assert all(isinstance(table, stream.StreamedEmbedding) for table in on_disk)
+    first, second = (one.inputs(make_batch()).prompt for one in tuned)
+    assert torch.equal(first.hidden, second.hidden) and torch.equal(first.pooled, second.pooled)
+    assert TokenMethod().change(tuned[0]) == TokenMethod().change(tuned[1])
+    plain = TokenMethod().attach(adapter, plan=BlockPlan(6), recipe=recipe(token_start="toy"), folder=tiny_model)
+    assert not torch.equal(plain.inputs(make_batch()).prompt.hidden, first.hidden)
 
 
 def test_what_cannot_be_tuned_is_refused(tiny_model: ModelFolder, tiny_pipelines: Callable[[str], ModelFolder]) -> None:

@@ -105,7 +105,8 @@ def test_a_traced_step_that_tunes_a_word_is_a_real_one(tmp_path: Path) -> None:
     held = sum(one.nbytes for one in (*encoder.parameters(), *encoder.buffers()))
     assert found.item(ENCODERS) == pytest.approx(held, rel=TRACED_BYTES)  # in whole pages
     smallest = training_phase(model, recipe.changed(weight_bits=8, gradient="zeroth_order"), plan, SHAPES, device=CPU)
-    assert smallest.item(ENCODERS) == held  # while they are loaded, before they are packed
+    table = encoder.get_input_embeddings().weight.nbytes
+    assert smallest.item(ENCODERS) < (held - table) / 2  # packed one weight at a time, with the table of words on disk
 
 
 def test_names_are_given_and_taken_back() -> None:

@@ -7,32 +7,46 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
-from pocketune.budget.skeleton import held_tensors, retype
+from pocketune.budget.skeleton import held_tensors, pack_shapes, retype
 from pocketune.errors import PlanError
-from pocketune.models.encoders import kept_in_float32
+from pocketune.models.encoders import kept_in_float32, packs_text
 from pocketune.models.load import ModelFolder
 from pocketune.models.quiet import loading
+from pocketune.weights.quantizers import Quantization
 
 
 class ShapeFolder:
     """Stands for a model's folder, and differs in the weights of its text encoders alone, which it does not read.
 
-    `encoders`: all that were asked for, as the method left them; `loaded_bytes`: of them before it changed anything.
+    `encoders`: all that were asked for, as the method left them.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
         """Begin without encoders."""
         self._folder = folder
-        self.encoders: list[nn.Module] = []
-        self.loaded_bytes = 0
+        self.encoders: dict[str, nn.Module] = {}
+        self._packed: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         """All else is the folder's own."""
         return getattr(self._folder, name)
 
-    def text_pipeline(self, *, device: torch.device) -> Any:  # noqa: ARG002 - shapes lie nowhere
+    def held(self) -> list[Tensor]:
+        """What the encoders hold in memory; tables of packed ones lie on disk."""
+        return [
+            tensor
+            for part, encoder in self.encoders.items()
+            for tensor in held_tensors(encoder, without_embeddings=part in self._packed)
+        ]
+
+    def text_pipeline(
+        self,
+        *,
+        device: torch.device,  # noqa: ARG002 - shapes lie nowhere
+        quantization: Quantization | None = None,
+    ) -> Any:
         """The stock pipeline with tokenizers, and text encoders on the meta device.
 
         Raises:
@@ -45,8 +59,11 @@ class ShapeFolder:
         made = {
             part: empty_text_encoder(folder, part, dtype=torch.float32) for part in filter(folder.has, family.text_encoders)
         }
-        self.encoders += made.values()
-        self.loaded_bytes = sum(one.nbytes for encoder in self.encoders for one in held_tensors(encoder))
+        if quantization is not None:
+            self._packed = {part for part in made if packs_text(folder.index[part][1])}
+            for part in self._packed:
+                pack_shapes(made[part], quantization, dtype=torch.float32)
+        self.encoders = made
         return folder.stock_pipeline(vae=None, **{family.component: folder.empty_denoiser().model}, **made)
 
 

@@ -110,6 +110,13 @@ def stream_shapes(model: nn.Module, *, dtype: torch.dtype) -> ShapeTiles:
     return tiles
 
 
+def pack_shapes(model: nn.Module, quantization: Quantization, *, dtype: torch.dtype) -> None:
+    """Let a model on the meta device hold its Linears and convolutions packed."""
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    shapes = _ShapeQuantization(quantization.bits, quantization.quantizer)
+    pack_layers(model, shapes, weights.__getitem__, dtype=dtype, device=META)
+
+
 def denoiser_skeleton(
     folder: ModelFolder, recipe: Recipe, *, blocks: Collection[int], latent_side: int | None
 ) -> tuple[DenoiserAdapter, ShapeTiles | None]:
@@ -132,9 +139,7 @@ def denoiser_skeleton(
         return adapter, stream_shapes(adapter.model, dtype=dtype)
     quantization = quantization_of(recipe)
     if quantization is not None:
-        weights: dict[str, Tensor] = dict(adapter.model.named_parameters())
-        shapes = _ShapeQuantization(quantization.bits, quantization.quantizer)
-        pack_layers(adapter.model, shapes, weights.__getitem__, dtype=dtype, device=META)
+        pack_shapes(adapter.model, quantization, dtype=dtype)
     adapter.model.requires_grad_(False)
     return adapter, None
 

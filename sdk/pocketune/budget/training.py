@@ -102,7 +102,7 @@ def _steps(
     adapter, tiles = denoiser_skeleton(folder, recipe, blocks=plan.kept, latent_side=shapes.table_side(folder))
     weights = held_tensors(adapter.model)
     texts = ShapeFolder(folder)
-    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=_packed_alike(recipe), folder=cast(ModelFolder, texts))
+    tuned = METHODS[recipe.method].attach(adapter, plan=plan, recipe=recipe, folder=cast(ModelFolder, texts))
     scratch = ShapeScratch() if recipe.activations == "on_disk" and backprop else None
     trained = [parameter.to("meta") for parameter in tuned.parameters.values()]
     has_moments = recipe.gradient != "zeroth_order" or recipe.zo_optimizer == "adam"
@@ -115,8 +115,7 @@ def _steps(
     live.hold(weights, WEIGHTS)
     live.hold(trained, TRAINED)
     live.hold([*tuned.parameters.values(), *tuned.state.values()], TRAINED)
-    for encoder in texts.encoders:
-        live.hold(held_tensors(encoder), ENCODERS)
+    live.hold(texts.held(), ENCODERS)
     live.hold(moments, MOMENTS)
     live.hold(_tensors(batch), INPUTS)
     if recipe.activations != "kept":
@@ -137,7 +136,7 @@ def _steps(
         WEIGHTS: f"{counted} tensors in {recipe.dtype}" + _residence(recipe),
         TRAINED: f"{count:,} x 4 B",
         MOMENTS: f"2 x {count:,} x 4 B",
-        ENCODERS: "float32" if recipe.weight_bits is None else f"packed to {recipe.weight_bits} bits",
+        ENCODERS: "float32" if recipe.weight_bits is None else f"packed to {recipe.weight_bits} bits, tables of words on disk",
         INPUTS: f"{shapes.samples} x latents, {shapes.tokens} tokens of text, features of {len(plan.skipped_spans)} spans",
         ATTENTION: _activations(recipe, plan, backprop=backprop),
         FEED_FORWARD: _activations(recipe, plan, backprop=backprop),
@@ -152,10 +151,6 @@ def _steps(
     ]
     if tiles is not None:
         items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
-    packing = sum(item.bytes for item in items if item.name == WEIGHTS) + texts.loaded_bytes
-    if packing > sum(item.bytes for item in items):
-        before = Item(name=ENCODERS, bytes=texts.loaded_bytes, formula="float32, before they are packed", place=place)
-        items = [*(item for item in items if item.name == WEIGHTS), before]
     forwards = len(Probing(queries=recipe.zo_queries, two_sided=recipe.zo_two_sided).points)
     passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else forwards)
     return PhaseLedger(
@@ -207,11 +202,6 @@ def features_phase(
         flops=live.flops * -(-draws // shapes.samples),
         read_bytes=passes * stored_bytes(folder, BlockPlan(plan.block_count), recipe),
     )
-
-
-def _packed_alike(recipe: Recipe) -> Recipe:
-    """With the quantizer that can pack shapes; those of the other are the same."""
-    return recipe.changed(quantizer="minmax") if recipe.method == "token" else recipe
 
 
 def follow(live: LiveBytes, adapter: DenoiserAdapter) -> None:

@@ -8,7 +8,6 @@ nothing, or at that of `token_start`. Text encoders of the CLIP kind are tuned, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.runfolder import METHOD_KEY, TOKEN_FILE
 from pocketune.step import Batch
-from pocketune.weights.quantizers import pack_layers
 from pocketune.weights.stream import StreamedEmbedding
 
 
@@ -70,18 +68,15 @@ class TokenMethod:
         """
         adapter.model.requires_grad_(False)
         device = next(adapter.model.parameters()).device
-        pipeline = folder.text_pipeline(device=device)
+        pipeline = folder.text_pipeline(device=device, quantization=quantization_of(recipe))
         tokens = nn.ModuleDict()
-        quantization = quantization_of(recipe)
         for part, encoder in _clip_encoders(pipeline, folder).items():
             encoder.requires_grad_(False)
-            if quantization is not None:
-                pack_layers(encoder, quantization, _reader(encoder), dtype=torch.float32, device=device)
             tokenizer = getattr(pipeline, part.replace("text_encoder", "tokenizer"))
             word = token_id(tokenizer, recipe.token)
             start = token_id(tokenizer, recipe.token_start) if recipe.token_start else word
             table = encoder.get_input_embeddings()
-            tokens[part] = TunedToken(table, word, table.weight[start].detach().float().clone())
+            tokens[part] = TunedToken(table, word, _row(table, start))
             encoder.set_input_embeddings(tokens[part])
         parameters = {f"{part}.vector": token.vector for part, token in tokens.items() if isinstance(token, TunedToken)}
 
@@ -111,7 +106,7 @@ class TokenMethod:
         """The L2 distance of each row from the word's own."""
         tokens = ((f"{part}.vector", token) for part, token in tuned.owner.named_children())
         return {
-            name: float(torch.linalg.vector_norm(token.vector.detach() - token.table.weight[token.token].float()))
+            name: float(torch.linalg.vector_norm(token.vector.detach() - _row(token.table, token.token)))
             for name, token in tokens
             if isinstance(token, TunedToken)
         }
@@ -190,6 +185,7 @@ def _clip_encoders(pipeline: Any, folder: ModelFolder) -> dict[str, Any]:
     return encoders
 
 
-def _reader(model: nn.Module) -> Callable[[str], Tensor]:
-    weights = dict(model.named_parameters())
-    return lambda name: weights.pop(name).detach()
+def _row(table: nn.Embedding, token: int) -> Tensor:
+    """Of a table that may lie on disk, in float32."""
+    found: Tensor = table(torch.tensor(token, device=table.weight.device))
+    return found.detach().float()

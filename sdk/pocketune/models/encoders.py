@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from pocketune.models.quiet import building, loading
 from pocketune.weights.files import weight_files
 from pocketune.weights.fill import fill
+from pocketune.weights.quantizers import Quantization, pack_layers
 from pocketune.weights.store import WeightStore
 from pocketune.weights.stream import Tiles
 
@@ -22,7 +23,15 @@ Renamings = Callable[[str], tuple[str, ...]]
 _OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.device, tiles: Tiles | None) -> Any:
+def text_encoder(
+    folder: Path,
+    kind: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tiles: Tiles | None,
+    quantization: Quantization | None = None,
+) -> Any:
     """A text encoder, frozen, whose weights come into memory one at a time, or of which the large ones stay on disk.
 
     transformers would map whole files beside the model while it converts them.
@@ -33,6 +42,8 @@ def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.d
         dtype: of the arithmetic.
         device: where it runs.
         tiles: the buffer for weights that stay on disk; None: hold all.
+        quantization: hold the weights of Linears packed, and leave the table of words, of which a prompt needs a few rows, on
+            disk; only for encoders that `packs_text` names.
 
     Raises:
         ModelError: weights are missing or damaged.
@@ -42,6 +53,10 @@ def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.d
         encoder = model(model.config_class.from_pretrained(folder))
     store = WeightStore(weight_files(folder, name=kind))
     names = stored_names(store, text_encoder_names(encoder))
+    held: set[str] = set()
+    if quantization is not None and packs_text(kind):
+        tiles = tiles or Tiles()
+        held = pack_layers(encoder, quantization, lambda name: store.load(names(name), dtype=dtype), dtype=dtype, device=device)
     # transformers computes other buffers, such as the frequencies of rotary positions, in float32 whatever the model's type is.
     fill(
         encoder,
@@ -49,6 +64,7 @@ def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.d
         dtype=dtype,
         device=device,
         tiles=tiles,
+        held=held,
         stored_name=names,
         cast_buffers=False,
         in_float32=kept_in_float32(encoder, dtype),
@@ -56,6 +72,11 @@ def text_encoder(folder: Path, kind: str, *, dtype: torch.dtype, device: torch.d
     if tiles is None:
         encoder.tie_weights()
     return encoder.requires_grad_(False).eval()
+
+
+def packs_text(kind: str) -> bool:
+    """Whether text encoders of a class are packed where that is asked for: those of CLIP, as they are what a word trains by."""
+    return kind.startswith("CLIP")
 
 
 def streamed_vae(

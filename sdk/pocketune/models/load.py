@@ -243,11 +243,16 @@ class ModelFolder:
             encoded[prompt] = Prompt(**{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None})
         return encoded
 
-    def text_pipeline(self, *, device: torch.device, weights: Residence = RESIDENT) -> Any:
-        """The stock pipeline with tokenizers and float32 text encoders alone, for `family.encode`."""
+    def text_pipeline(
+        self, *, device: torch.device, weights: Residence = RESIDENT, quantization: Quantization | None = None
+    ) -> Any:
+        """The stock pipeline with tokenizers and float32 text encoders alone, for `family.encode`.
+
+        With `quantization`, encoders of the CLIP kind are held packed, and their tables of words stay on disk.
+        """
         # diffusers asks the denoiser for its text width or type, and for nothing else.
         parts: dict[str, Any] = {"vae": None, self.family.component: self.empty_denoiser().model}
-        parts |= self._text_encoders(torch.float32, device, Tiles() if weights.streamed else None)
+        parts |= self._text_encoders(torch.float32, device, Tiles() if weights.streamed else None, quantization)
         return self.stock_pipeline(dtype=torch.float32, **parts)
 
     def stock_pipeline(self, **parts: Any) -> Any:
@@ -267,9 +272,12 @@ class ModelFolder:
         kind, config = self.family.vae, self.vae_config
         return streamed_vae(self.path / "vae", kind, config, dtype=dtype, device=device, tiles=tiles)
 
-    def _text_encoders(self, dtype: torch.dtype, device: torch.device, tiles: Tiles | None) -> dict[str, Any]:
+    def _text_encoders(
+        self, dtype: torch.dtype, device: torch.device, tiles: Tiles | None, quantization: Quantization | None = None
+    ) -> dict[str, Any]:
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "tiles": tiles, "quantization": quantization}
         return {
-            part: text_encoder(self.path / part, self.index[part][1], dtype=dtype, device=device, tiles=tiles)
+            part: text_encoder(self.path / part, self.index[part][1], **how)
             for part in filter(self.has, self.family.text_encoders)
         }
 
