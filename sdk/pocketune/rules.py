@@ -84,10 +84,6 @@ def contradictions(given: Values, defaults: Values) -> Iterator[str]:
             "features of skipped blocks hold for one prompt, and the prompt is what trains with a token. Leave skip out.",
         ),
         (
-            given["method"] == "token" and given["weights"] == "streamed",
-            "the text encoders that a token trains through are kept in memory. Leave weights out, or set weight_bits.",
-        ),
-        (
             given["method"] == "token" and given["token"] not in given["instance_prompt"].split(),
             f'the word "{given["token"]}" is not in "{given["instance_prompt"]}". Name a word of the prompt as token.',
         ),

@@ -93,7 +93,6 @@ def test_what_cannot_be_tuned_is_refused(tiny_model: ModelFolder, tiny_pipelines
     for changes, words in (
         ({"skip": "0-1"}, "hold for one prompt"),
         ({"token": "zebra"}, "not in"),
-        ({"weights": "streamed"}, "kept in memory"),
     ):
         with pytest.raises(RecipeError, match=words):
             recipe(**changes)

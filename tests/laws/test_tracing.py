@@ -9,7 +9,17 @@ import torch
 from pocketune.budget.inputs import empty, shaped_batch
 from pocketune.budget.ledger import PhaseLedger
 from pocketune.budget.tracing import LiveBytes
-from pocketune.budget.training import ATTENTION, ENCODERS, FEED_FORWARD, GRADIENTS, OTHERS, WEIGHTS, Shapes, training_phase
+from pocketune.budget.training import (
+    ATTENTION,
+    BUFFER,
+    ENCODERS,
+    FEED_FORWARD,
+    GRADIENTS,
+    OTHERS,
+    WEIGHTS,
+    Shapes,
+    training_phase,
+)
 from pocketune.models.load import ModelFolder, open_model
 from pocketune.plan.blocks import BlockPlan, parse_plan
 from pocketune.recipe import Recipe
@@ -107,6 +117,9 @@ def test_a_traced_step_that_tunes_a_word_is_a_real_one(tmp_path: Path) -> None:
     smallest = training_phase(model, recipe.changed(weight_bits=8, gradient="zeroth_order"), plan, SHAPES, device=CPU)
     table = encoder.get_input_embeddings().weight.nbytes
     assert smallest.item(ENCODERS) < (held - table) / 2  # packed one weight at a time, with the table of words on disk
+    streamed = training_phase(model, recipe.changed(weights="streamed", gradient="zeroth_order"), plan, SHAPES, device=CPU)
+    assert streamed.item(ENCODERS) <= held - table
+    assert streamed.item(BUFFER) >= stream.TILE_BYTES
 
 
 def test_names_are_given_and_taken_back() -> None:

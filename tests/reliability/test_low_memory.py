@@ -30,6 +30,19 @@ def test_streamed_job_gives_equal_bytes(
     assert [path.read_bytes() for path in images[0]] == [path.read_bytes() for path in images[1]]
 
 
+@pytest.mark.parametrize("further", [{"activations": "on_disk"}, {"gradient": "zeroth_order", "zo_optimizer": "adam"}])
+def test_a_word_over_streamed_weights_is_the_same(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: dict[str, object]
+) -> None:
+    """Denoiser and text encoders read their weights from disk, and the embedding has the bytes that it has without."""
+    monkeypatch.setattr(stream, "SMALLEST_STREAMED", 1)
+    asked = {"method": "token", "skip": "none", "instance_prompt": "a photo of sks toy", "token_start": "toy", **further}
+    for name in ("resident", "streamed"):
+        personalize(toy_photos, model=tiny_folder, recipe=quick_recipe(**asked, weights=name), out=tmp_path / name)
+    first, second = (tmp_path / name / "token" / "learned_embeds.safetensors" for name in ("resident", "streamed"))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_interrupted_inside_backward_and_resumed_equals_unbroken(
     tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

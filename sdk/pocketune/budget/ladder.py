@@ -4,8 +4,7 @@ Two change results a little: with `optimizer_in_backward` gradients are clipped 
 gives slightly other latents and images.
 
 Packing weights to few bits is not among them: streamed weights need less memory than packed ones and keep their numbers. Nor
-are packed weights streamed: on disk 4 bits share scales in groups and small weights stay whole, which are other numbers. Where
-a word is tuned, weights stay in memory too.
+are packed weights streamed: on disk 4 bits share scales in groups and small weights stay whole, which are other numbers.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _with(recipe: Recipe, step: dict[str, Any]) -> Recipe:
     if recipe.gradient == "zeroth_order":  # it has no backward, for which activations would be kept
         values.pop("activations", None)
         values.pop("optimizer_in_backward", None)
-    if recipe.weight_bits is not None or recipe.method == "token":
+    if recipe.weight_bits is not None:
         values.pop("weights", None)
     kept = values.get("activations")
     if kept is not None and _ACTIVATIONS.index(recipe.activations) > _ACTIVATIONS.index(kept):

@@ -20,6 +20,7 @@ from pocketune.budget.ledger import Item, PhaseLedger, Place
 from pocketune.budget.skeleton import denoiser_skeleton, held_tensors
 from pocketune.budget.tracing import LiveBytes, ShapeScratch, fused_attention
 from pocketune.methods.base import Tuned
+from pocketune.methods.scales import quantization_of
 from pocketune.models.base import DenoiserAdapter
 from pocketune.models.load import ModelFolder
 from pocketune.models.positions import table_side
@@ -136,7 +137,7 @@ def _steps(
         WEIGHTS: f"{counted} tensors in {recipe.dtype}" + _residence(recipe),
         TRAINED: f"{count:,} x 4 B",
         MOMENTS: f"2 x {count:,} x 4 B",
-        ENCODERS: "float32" if recipe.weight_bits is None else f"packed to {recipe.weight_bits} bits, tables of words on disk",
+        ENCODERS: "float32" + _residence(recipe) + ", tables of words on disk" * (quantization_of(recipe) is not None),
         INPUTS: f"{shapes.samples} x latents, {shapes.tokens} tokens of text, features of {len(plan.skipped_spans)} spans",
         ATTENTION: _activations(recipe, plan, backprop=backprop),
         FEED_FORWARD: _activations(recipe, plan, backprop=backprop),
@@ -150,12 +151,13 @@ def _steps(
         if size and name in formulas
     ]
     if tiles is not None:
-        items.append(Item(name=BUFFER, bytes=tiles.largest_bytes, formula="a tile of one weight"))
+        buffers = tiles.largest_bytes + texts.buffer_bytes
+        items.append(Item(name=BUFFER, bytes=buffers, formula="a tile of one weight" + " each" * bool(texts.buffer_bytes)))
     forwards = len(Probing(queries=recipe.zo_queries, two_sided=recipe.zo_two_sided).points)
     passes = 0 if tiles is None else (2 + (recipe.activations != "kept") if backprop else forwards)
     return PhaseLedger(
         name="training",
-        items=(*items, heap(len(live.convolutions), len(trained))),
+        items=(*items, heap(len(live.convolutions), len(trained), encoders=len(texts.encoders))),
         flops=live.flops * recipe.steps * (1 if backprop else forwards),
         read_bytes=passes * stored_bytes(folder, plan, recipe) * recipe.steps,
         written_bytes=0 if scratch is None else scratch.written_bytes * recipe.steps,

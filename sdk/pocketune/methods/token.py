@@ -30,6 +30,7 @@ from pocketune.plan.blocks import BlockPlan
 from pocketune.recipe import Recipe
 from pocketune.runfolder import METHOD_KEY, TOKEN_FILE
 from pocketune.step import Batch
+from pocketune.weights.fill import Residence
 from pocketune.weights.stream import StreamedEmbedding
 
 
@@ -61,14 +62,16 @@ class TokenMethod:
         recipe: Recipe,
         folder: ModelFolder,
     ) -> Tuned:
-        """Load the text encoders, packed if the recipe says so, and make the word's row trainable.
+        """Load the text encoders, packed or left on disk as the recipe wants weights, and make the word's row trainable.
 
         Raises:
             RecipeError: the word is no single token, or no text encoder is of the CLIP kind.
         """
         adapter.model.requires_grad_(False)
         device = next(adapter.model.parameters()).device
-        pipeline = folder.text_pipeline(device=device, quantization=quantization_of(recipe))
+        pipeline = folder.text_pipeline(
+            device=device, weights=Residence(streamed=recipe.weights == "streamed"), quantization=quantization_of(recipe)
+        )
         tokens = nn.ModuleDict()
         for part, encoder in _clip_encoders(pipeline, folder).items():
             encoder.requires_grad_(False)
