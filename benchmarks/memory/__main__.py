@@ -65,10 +65,10 @@ def _row(options: argparse.Namespace) -> int:
     # Imported here so that the process that starts the others stays small.
     if not options.folder:
         # Made by a process of its own: building a file must not count.
-        from benchmarks.memory.pipelines import sd35_pipeline
+        from benchmarks.memory.pipelines import pipeline_folder
         from benchmarks.memory.weights import model_folder
 
-        folder = sd35_pipeline(options.models) if job.whole else model_folder(job.model, options.models)
+        folder = (pipeline_folder if job.wants_text else model_folder)(job.model, options.models)
         command = [sys.executable, "-m", "benchmarks.memory", "--row", options.row, "--folder", str(folder)]
         return subprocess.run([*command, "--steps", str(options.steps)], check=False).returncode
     from benchmarks.memory.measure import measure

@@ -49,6 +49,11 @@ class Job:
     bound_ratio: float | None = None
 
     @property
+    def wants_text(self) -> bool:
+        """Whether text encoders are loaded too, so that a whole pipeline is needed."""
+        return self.whole or self.settings.get("method") == "token"
+
+    @property
     def asked(self) -> dict[str, Any]:
         """All that decides what is measured."""
         return {name: value for name, value in vars(self).items() if name not in _TOLD}
@@ -60,6 +65,15 @@ _SD35: dict[str, Any] = {"model": "sd35-medium", "text_tokens": 333}
 _SD15: dict[str, Any] = {"model": "sd15", "text_tokens": 77, "resolution": 512}
 _FLUX: dict[str, Any] = {"model": "flux1-dev", "text_tokens": 512}
 _FLUX_LOW: dict[str, Any] = LOW | {"lora_targets": ATTENTION_TARGETS}
+_ZOODIP: dict[str, Any] = {
+    "method": "token",
+    "gradient": "zeroth_order",
+    "zo_optimizer": "adam",
+    "zo_two_sided": False,
+    "zo_queries": 2,
+    "subspace_steps": 128,
+}
+"""What matters to memory of the paper's settings."""
 
 JOBS: dict[str, Job] = {
     "sd35-512": Job(
@@ -192,9 +206,24 @@ JOBS: dict[str, Job] = {
     "sd15-512-zo8": Job(
         title="SD1.5, 512 px, LoRA by zeroth order over 8-bit weights in memory",
         settings={"gradient": "zeroth_order", "weight_bits": 8},
-        compared="ZOODiP's paper, one word, GPU: 2.37 GB",
         against="sd15-512-inference8",
         bound_ratio=1.05,
+        **_SD15,
+    ),
+    "sd15-512-zoodip8": Job(
+        title="SD1.5 with CLIP, 512 px, ZOODiP: one word by zeroth order over 8-bit weights in memory",
+        settings=_ZOODIP | {"weight_bits": 8},
+        compared="ZOODiP's paper, GPU: 2.37 GB",
+        **_SD15,
+    ),
+    "sd15-512-zoodip4": Job(
+        title="SD1.5 with CLIP, 512 px, ZOODiP over 4-bit weights in memory",
+        settings=_ZOODIP | {"weight_bits": 4},
+        **_SD15,
+    ),
+    "sd15-512-zoodip-streamed": Job(
+        title="SD1.5 with CLIP, 512 px, ZOODiP over weights as they are, streamed",
+        settings=_ZOODIP | {"weights": "streamed"},
         **_SD15,
     ),
     "sd15-512-inference8": Job(

@@ -29,12 +29,14 @@ from pocketune.tuning import METHODS
 from pocketune.weights.layers import PackedLayer
 
 RANK = 16
+PROMPT = "a photo of sks toy"
 
 
 def measure(name: str, job: Job, folder: Path, *, steps: int) -> Row:
     """Train for some steps on random latents and text, or run the adapted model so many times, and say what it took.
 
-    Text encoders and the autoencoder are not loaded: their phases lie before. Libraries and interpreter are counted.
+    The autoencoder is not loaded, nor are text encoders unless a word trains: their phases lie before. Libraries and
+    interpreter are counted.
     """
     recipe = recipe_of(job, steps=steps)
     allocator = name_allocator() + (", freed memory returned" if recipe.saves_memory and return_freed_memory() else "")
@@ -116,7 +118,7 @@ def _now() -> tuple[float, float]:
 
 def recipe_of(job: Job, *, steps: int) -> Recipe:
     """What is asked of a row's training."""
-    asked = {"instance_prompt": job.title, "steps": steps, "checkpoint_every": steps, "skip": job.skip, "rank": RANK}
+    asked = {"instance_prompt": PROMPT, "steps": steps, "checkpoint_every": steps, "skip": job.skip, "rank": RANK}
     return Recipe.create(**Recipe.relevant(asked | job.settings))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 
 from benchmarks.memory.jobs import Job
 from benchmarks.memory.measure import recipe_of
+from benchmarks.memory.pipelines import write_configs
 from pocketune.atomic import write_text
 from pocketune.budget.training import Shapes, training_phase
+from pocketune.models.load import ModelFolder
 from pocketune.models.published import PublishedModel
 from pocketune.plan.blocks import parse_plan
+from pocketune.recipe import Recipe
 
 _PIXELS = 8  # of a latent's side, with the autoencoder that the benchmark's folders name
 
@@ -27,7 +31,14 @@ def predict_job(job: Job) -> int | None:
     recipe = recipe_of(job, steps=3)
     if job.whole or job.inference or not recipe.saves_memory:
         return None
-    folder = PublishedModel(job.model)
+    if job.wants_text:
+        with tempfile.TemporaryDirectory() as root:
+            write_configs(job.model, Path(root))
+            return _training_bytes(job, recipe, ModelFolder(job.model, Path(root)))
+    return _training_bytes(job, recipe, PublishedModel(job.model))
+
+
+def _training_bytes(job: Job, recipe: Recipe, folder: ModelFolder) -> int:
     plan = parse_plan(job.skip, folder.block_count)
     shapes = Shapes(side=job.resolution // _PIXELS, tokens=job.text_tokens)
     return training_phase(folder, recipe, plan, shapes, device=torch.device("cpu")).bytes()

@@ -24,11 +24,11 @@ def memory_table(rows: Sequence[Row]) -> str:
         "",
         "Peaks of a whole fresh process in MB of 1e6 bytes, with interpreter and libraries, which take "
         f"{_mb(min(newest[name]['floor_bytes'] for name in order))} MB before the model is there. Batch 1, LoRA of rank "
-        f"{newest[order[0]]['rank']}, AdamW, arithmetic in float32, random weights stored in bfloat16; text encoders and VAE "
-        "are loaded by whole jobs only. Where a title does not say otherwise, weights are streamed from disk, activations lie "
-        "in a scratch file, and parameters are updated in the middle of backpropagation. The three peaks need not be of one "
-        "moment. The page cache, where weights and scratch file lie as long as there is room, is no memory of the process. CPU "
-        "seconds are of the last step, on a busy machine.",
+        f"{newest[order[0]]['rank']}, AdamW, arithmetic in float32, random weights stored in bfloat16; text encoders are "
+        "loaded by whole jobs and where a word trains, the VAE by whole jobs only. Where a title does not say otherwise, "
+        "weights are streamed from disk, activations lie in a scratch file, and parameters are updated in the middle of "
+        "backpropagation. The three peaks need not be of one moment. The page cache, where weights and scratch file lie as "
+        "long as there is room, is no memory of the process. CPU seconds are of the last step, on a busy machine.",
         "",
         *_HEAD,
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory.jobs import Job
-from benchmarks.memory.measure import RANK, identity_of
+from benchmarks.memory.measure import PROMPT, RANK, identity_of
 from benchmarks.rows import Row
 from pocketune.allocator import name_allocator
 from pocketune.job import personalize
@@ -23,8 +23,8 @@ PHOTOS = Path(__file__).parent.parent.parent / "demo" / "photos" / "toy" / "toy-
 def measure_whole(name: str, job: Job, folder: Path, *, steps: int, photos: Sequence[Path] = (PHOTOS,)) -> Row:
     """Photos, text encoders, VAE, features, training, checkpoint and samples, with one prompt and two sampling steps."""
     asked: dict[str, Any] = {
-        "instance_prompt": "a photo of sks toy",
-        "sample_prompts": ("a photo of sks toy",),
+        "instance_prompt": PROMPT,
+        "sample_prompts": (PROMPT,),
         "sample_steps": 2,
         "learning_rate": 1e-2,
         "rank": RANK,

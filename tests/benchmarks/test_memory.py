@@ -12,13 +12,15 @@ import torch
 from benchmarks import streaming_cost
 from benchmarks.memory.__main__ import main
 from benchmarks.memory.jobs import JOBS, LOW, Job
-from benchmarks.memory.measure import RANK, measure
+from benchmarks.memory.measure import RANK, measure, recipe_of
+from benchmarks.memory.pipelines import write_configs
 from benchmarks.memory.table import memory_table
 from benchmarks.memory.weights import write_random
 from benchmarks.memory.whole import measure_whole
 from benchmarks.rows import append_row, read_rows
+from pocketune.budget.inputs import clip_tokens
+from pocketune.models.load import ModelFolder
 from pocketune.models.published import PUBLISHED
-from pocketune.recipe import Recipe
 from pocketune.tensorfile import open_tensor_file
 
 torch.set_num_threads(1)
@@ -43,7 +45,15 @@ def row(name: str, peak: float) -> dict[str, object]:
 def test_every_job_is_a_valid_recipe_of_a_published_model() -> None:
     for job in JOBS.values():
         assert job.model in PUBLISHED
-        Recipe.create(instance_prompt=job.title, skip=job.skip, **job.settings)
+        recipe_of(job, steps=1)
+
+
+@pytest.mark.parametrize("name", ["sd35-medium", "sd15"])
+def test_pipelines_can_be_planned_by_their_configurations(name: str, tmp_path: Path) -> None:
+    models = write_configs(name, tmp_path)
+    folder = ModelFolder(name, tmp_path)
+    assert set(models) == {"vae", *folder.family.text_encoders}
+    assert clip_tokens(folder, "text_encoder") == 77 and folder.native_resolution >= 512
 
 
 def test_jobs_are_measured_without_scipy() -> None:

@@ -23,8 +23,8 @@ def test_committed_predictions_are_of_committed_rows() -> None:
     assert not set(FITTED) & set(HELD_OUT)
 
 
-def test_predictions_of_small_rows_can_be_made_again() -> None:
-    name = "fit-pixart-256-two-streamed"
+@pytest.mark.parametrize("name", ["fit-pixart-256-two-streamed", "sd15-512-zoodip8"])
+def test_predictions_of_small_rows_can_be_made_again(name: str) -> None:
     assert predict_job(JOBS[name]) == COMMITTED[name]
 
 
