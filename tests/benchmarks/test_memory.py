@@ -163,6 +163,12 @@ def test_committed_rows_keep_what_is_promised() -> None:
     assert all(newest[name]["peak_rss_bytes"] <= mb * 1e6 for name, mb in promised.items())
 
 
+def test_what_the_page_says_of_zoodip_holds_for_committed_rows() -> None:
+    peaks = {row["job"]: row["peak_rss_bytes"] for row in read_rows(ROOT / "benchmarks" / "results" / "memory.jsonl")}
+    over_packed = min(peaks["sd15-512-zoodip8"], peaks["sd15-512-zoodip4"])
+    assert over_packed > peaks["sd15-512"] > peaks["sd15-512-zoodip-streamed"]
+
+
 def test_committed_rows_of_streaming_cost_what_is_promised() -> None:
     rows = [row for row in read_rows(ROOT / "benchmarks" / "results" / "streaming_cost.jsonl") if not row["cold"]]
     of = [row["cpu_s"] for row in rows]
