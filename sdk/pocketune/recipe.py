@@ -172,8 +172,15 @@ class Recipe(BaseModel):
     @property
     def saves_memory(self) -> bool:
         """Whether weights, activations or gradients are kept small, so that what else lies in memory matters."""
-        small_weights = self.weights == "streamed" or self.weight_bits is not None
-        return small_weights or self.activations != "kept" or self.gradient == "zeroth_order"
+        return self.streams_parts or self.activations != "kept" or self.gradient == "zeroth_order"
+
+    @property
+    def streams_parts(self) -> bool:
+        """Whether text encoders, VAE and what samples are read from disk: where the weights that train are streamed or packed.
+
+        Held in memory they would take many times what packed weights do.
+        """
+        return self.weights == "streamed" or self.weight_bits is not None
 
     def changed(self, **values: Any) -> Self:
         """The recipe with other values, validated; what was given stays known as given.

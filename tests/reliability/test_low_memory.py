@@ -4,15 +4,20 @@ import gc
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from pocketune import generate, personalize
 from pocketune.allocator import name_allocator, return_freed_memory, trim
 from pocketune.errors import Interrupted
+from pocketune.models.load import ModelFolder
 from pocketune.progress import Progress
 from pocketune.weights import stream
+from pocketune.weights.layers import PackedLinear
 from tests.reliability.test_job import LORA, quick_recipe
 
 
@@ -85,6 +90,30 @@ def test_streamed_sampling_gives_equal_images(tiny_folder: Path, monkeypatch: py
         for streamed in (False, True)
     ]
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(("method", "denoiser"), [("scales", PackedLinear), ("lora", stream.StreamedLinear)])
+def test_what_does_not_train_is_streamed_beside_packed_weights(
+    tiny_folder: Path, toy_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, denoiser: type
+) -> None:
+    """Text encoders, VAE and what samples; pictures are those of weights in memory."""
+    monkeypatch.setattr(stream, "SMALLEST_STREAMED", 1)
+    kinds: list[set[type]] = []
+    stock = ModelFolder.stock_pipeline
+
+    def watched(folder: ModelFolder, **parts: Any) -> Any:
+        kinds.append({type(module) for part in parts.values() if isinstance(part, nn.Module) for module in part.modules()})
+        return stock(folder, **parts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModelFolder, "stock_pipeline", watched)
+        recipe = quick_recipe(method=method, weight_bits=8, steps=2)
+        record = personalize(toy_photos, model=tiny_folder, recipe=recipe, out=tmp_path / "run")
+    texts, samples = kinds
+    assert stream.StreamedLinear in texts and {denoiser, stream.StreamedLinear, stream.StreamedConv2d} <= samples
+    asked = {"seeds": [1000], "steps": 2, "guidance": record.recipe.guidance_scale}
+    (again,) = generate(tiny_folder, list(recipe.sample_prompts or ()), lora=tmp_path / "run", **asked)
+    assert again.tobytes() == Image.open(tmp_path / "run" / "samples" / "00-after.png").tobytes()
 
 
 def test_the_allocator_is_named_and_gives_back_what_was_freed() -> None:

@@ -41,7 +41,7 @@ class _Pass:
 
 def text_phase(folder: ModelFolder, recipe: Recipe, *, device: torch.device) -> PhaseLedger:
     """All text encoders in float32, and the largest of their passes over one prompt."""
-    streamed = recipe.weights == "streamed"
+    streamed = recipe.streams_parts
     held, largest, moved = 0, 0, 0
     activations, flops = 0, 0
     for part in filter(folder.has, folder.family.text_encoders):
@@ -69,7 +69,7 @@ def latents_phase(folder: ModelFolder, recipe: Recipe, *, resolution: int, crops
     vae, buffer = _vae(folder, recipe, dtype=torch.float32)
     encoding = _pass(lambda: vae.encode(empty(1, 3, resolution, resolution)), vae)
     tile = f"a tile of {recipe.vae_tile} px" if recipe.vae_tile else f"{resolution} x {resolution} px"
-    streamed = recipe.weights == "streamed"
+    streamed = recipe.streams_parts
     held = _bytes(vae, streamed=streamed)
     return PhaseLedger(
         name="latents",
@@ -121,12 +121,14 @@ def samples_phase(
         trained_bytes: of the result, which is loaded too.
         device: where the arithmetic is done.
     """
-    streamed = recipe.weights == "streamed"
+    streamed = recipe.streams_parts
     made = rounds * images
     batch = 1 if streamed else min(BATCH, images)
     side = resolution // folder.vae_scale
-    unpacked = recipe.model_copy(update={"weight_bits": None})
-    adapter, tiles = denoiser_skeleton(folder, unpacked, blocks=range(folder.block_count), latent_side=side)
+    packed = recipe.method == "scales"
+    whole_weights = {"weight_bits": None, "weights": "streamed" if streamed else "resident"}
+    held = recipe if packed else recipe.model_copy(update=whole_weights)
+    adapter, tiles = denoiser_skeleton(folder, held, blocks=range(folder.block_count), latent_side=side)
     whole = BlockPlan(folder.block_count)
     passes = batch * folder.family.guided_passes
     inputs = shaped_batch(folder, adapter, whole, empty, samples=passes, side=side, tokens=text_tokens(folder))
@@ -141,7 +143,7 @@ def samples_phase(
         for part in filter(folder.has, folder.family.text_encoders)
     ]
     buffer = max(tiles.largest_bytes if tiles else 0, vae_buffer)
-    denoiser_bytes, vae_bytes = (_bytes(model, streamed=streamed) for model in (adapter.model, vae))
+    denoiser_bytes, vae_bytes = _bytes(adapter.model, streamed=streamed and not packed), _bytes(vae, streamed=streamed)
     larger = max(denoising, decoding, key=lambda passed: passed.bytes)
     return PhaseLedger(
         name="samples",
@@ -149,7 +151,7 @@ def samples_phase(
             Item(name="images", bytes=made * resolution**2 * PIXEL_BYTES, formula=f"{made} of {resolution} x {resolution} px"),
             *_items(
                 (
-                    (DENOISER, denoiser_bytes, recipe.dtype + _where(streamed)),
+                    (DENOISER, denoiser_bytes, recipe.dtype + (f", {recipe.weight_bits} bits" if packed else _where(streamed))),
                     ("trained parameters", trained_bytes, "the result"),
                     (VAE, vae_bytes, str(vae_dtype).removeprefix("torch.") + _where(streamed)),
                     (ENCODERS, sum(encoders), str(text_dtype).removeprefix("torch.") + _where(streamed)),
@@ -207,7 +209,7 @@ def _vae(folder: ModelFolder, recipe: Recipe, *, dtype: torch.dtype) -> tuple[An
     with building(), init_empty_weights():
         vae = folder.family.vae.from_config(folder.vae_config)
     retype(vae.eval(), dtype)
-    buffer = stream_shapes(vae, dtype=dtype).tile_bytes if recipe.weights == "streamed" else 0
+    buffer = stream_shapes(vae, dtype=dtype).tile_bytes if recipe.streams_parts else 0
     if recipe.vae_tile is not None:
         use_tiles(vae, recipe.vae_tile, scale=folder.vae_scale)
     return vae.requires_grad_(False), buffer

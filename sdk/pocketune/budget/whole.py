@@ -83,7 +83,7 @@ class Ledgers:
         draws = sum(_draws(recipe))
         encoded, in_use = _crops(recipe, photos=self._setting.photo_count)
         kept: tuple[Item, ...] = ()
-        held = (recipe.weights, recipe.dtype)
+        held = (recipe.weights, recipe.streams_parts, recipe.dtype)
         packed = (*held, recipe.weight_bits, plan, shapes)
         if folder.has("vae"):
             yield _photos(self._setting.photo_reading_bytes)
@@ -119,7 +119,8 @@ class Ledgers:
         settings = {"resolution": resolution, "images": images, "rounds": rounds, "trained_bytes": trained_bytes}
         return self._once(
             lambda: samples_phase(self._setting.folder, recipe, **settings, device=self._setting.device),
-            *("samples", recipe.weights, recipe.dtype, recipe.vae_tile, recipe.sample_steps, *settings.values()),
+            *("samples", recipe.weights, recipe.weight_bits, recipe.method, recipe.dtype),
+            *(recipe.vae_tile, recipe.sample_steps, *settings.values()),
         )
 
     def _once(self, make: Callable[[], PhaseLedger], *key: object) -> PhaseLedger:

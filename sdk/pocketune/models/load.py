@@ -212,13 +212,24 @@ class ModelFolder:
         dtype: torch.dtype,
         device: torch.device,
         weights: Residence = RESIDENT,
+        quantization: Quantization | None = None,
         latent_side: int | None = None,
         tile: int | None = None,
     ) -> Any:
-        """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`."""
+        """The stock diffusers pipeline, for sampling; arguments as of `load_denoiser` and `load_vae`.
+
+        With `quantization` the denoiser is held packed, wherever the weights of all else are.
+        """
         vae_dtype, text_dtype = self.family.vae_dtype(dtype), self.family.text_dtype(dtype)
         tiles = Tiles() if weights.streamed else None  # one for all parts, which run one after the other
-        denoiser = self.load_denoiser(dtype=dtype, device=device, weights=weights, latent_side=latent_side, tiles=tiles)
+        denoiser = self.load_denoiser(
+            dtype=dtype,
+            device=device,
+            weights=weights if quantization is None else RESIDENT,
+            quantization=quantization,
+            latent_side=latent_side,
+            tiles=tiles,
+        )
         parts: dict[str, Any] = {self.family.component: denoiser.model}
         if tiles is not None:
             parts["vae"] = self._streamed_vae(vae_dtype, device, tiles)

@@ -53,7 +53,7 @@ def sample_pairs(job: Job) -> tuple[tuple[SamplePair, ...], float]:
     prompts = shown_prompts(job.recipe)
     seeds = [SAMPLE_SEED + number for number in range(len(prompts))]
     with job.watch.phase("samples"):
-        pipeline = job.pipeline()
+        pipeline = job.pipeline(packed=job.recipe.method == "scales")
         total = 2 * len(prompts)
 
         def render(already: int) -> list[Image.Image]:

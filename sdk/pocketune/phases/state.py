@@ -95,8 +95,8 @@ class Job:
 
     @property
     def parts_residence(self) -> Residence:
-        """Where the weights of text encoders and VAE are; they are not packed."""
-        return Residence(streamed=self.recipe.weights == "streamed")
+        """Where the weights of text encoders, VAE and the denoiser that samples are; they are not packed."""
+        return Residence(streamed=self.recipe.streams_parts)
 
     @property
     def sampling_batch(self) -> int:
@@ -129,12 +129,13 @@ class Job:
             latent_side=self.latent_side,
         )
 
-    def pipeline(self) -> Any:
-        """The whole pipeline, for sampling."""
+    def pipeline(self, *, packed: bool = False) -> Any:
+        """The whole pipeline, for sampling. packed: hold the denoiser's weights packed, as scales need them."""
         return self.folder.pipeline(
             dtype=self.dtype,
             device=self.device,
             weights=self.parts_residence,
+            quantization=quantization_of(self.recipe) if packed else None,
             latent_side=self.resolution // self.folder.vae_scale,
             tile=self.recipe.vae_tile,
         )
