@@ -15,7 +15,6 @@ from pocketune.weights.quant import Packed
 from pocketune.weights.quantizers import QUANTIZERS, minmax
 from pocketune_edge.bundle import Bundle
 from pocketune_edge.delta import neutral, start_values
-from pocketune_edge.errors import SettingError
 from pocketune_edge.state import fresh_state
 from pocketune_edge.steps import Mode
 from pocketune_export.verify import TOLERANCE, open_steps, random_batch, verify
@@ -47,6 +46,7 @@ def bundle_of(export_small: Exporting) -> Callable[[str], Bundle]:
         ("scales of a block", "streaming"),
         pytest.param("peqa", "streaming", marks=pytest.mark.slow),
         pytest.param("all scales", "one graph", marks=pytest.mark.slow),
+        pytest.param("all scales", "streaming", marks=pytest.mark.slow),
         pytest.param("zeroth order", "streaming", marks=pytest.mark.slow),
         pytest.param("lora", "one graph", marks=pytest.mark.slow),
     ],
@@ -106,9 +106,3 @@ def test_zeros_that_a_quantizer_fits_need_not_be_whole(
     monkeypatch.setitem(QUANTIZERS, "hqq", fitted)
     bundle = export_small(weight_bits=4, quantizer="hqq", skip="0,2")["fp32"]
     assert verify(bundle, model=small_model.path, steps=3).passed
-
-
-@pytest.mark.slow
-def test_scales_outside_of_blocks_train_in_one_graph_alone(bundle_of: Callable[[str], Bundle]) -> None:
-    with pytest.raises(SettingError, match="without --streaming"):
-        open_steps(bundle_of("all scales"), "streaming")
