@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,23 +31,38 @@ class ImageEmbedder(Protocol):
         """Unit vectors (n, width)."""
 
 
-class DinoEmbedder:
-    """The class token of a DINO vision transformer, as DreamBooth's DINO score takes it."""
+class _Transformer(ABC):
+    """A vision model of transformers with its image processor."""
 
-    name = "dino"
+    name: str
 
-    def __init__(self, model: str = DEFAULT_MODELS["dino"]) -> None:
-        """Load from a local folder or a hub id.
+    def __init__(self, model: str | None = None) -> None:
+        """Load from a local folder or a hub id; default: that of the DreamBooth paper.
 
         Raises:
-            ModelError: it cannot be loaded, or is no DINO.
+            ModelError: it cannot be loaded, or is of another kind.
         """
-        self._network, self._processor = _load(model, name=self.name, fits=_is_dino)
+        self._network, self._processor = _load(model or DEFAULT_MODELS[self.name], name=self.name, fits=self._fits)
 
     @property
     def digest(self) -> str:
         """The sha256 of the weights."""
-        return _digest(self._network)
+        digest = hashlib.sha256()
+        for name, value in sorted(self._network.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @staticmethod
+    @abstractmethod
+    def _fits(network: Any) -> bool:
+        """Whether a model is of this kind."""
+
+
+class DinoEmbedder(_Transformer):
+    """The class token of a DINO vision transformer, as DreamBooth's DINO score takes it."""
+
+    name = "dino"
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -54,24 +70,15 @@ class DinoEmbedder:
         parts = [self._network(**_pixels(self._processor, chunk)).last_hidden_state[:, 0] for chunk in _chunks(images)]
         return F.normalize(torch.cat(parts), dim=1)
 
+    @staticmethod
+    def _fits(network: Any) -> bool:
+        return network.config.model_type in _DINO_TYPES
 
-class ClipEmbedder:
+
+class ClipEmbedder(_Transformer):
     """CLIP's image embedding (CLIP-I)."""
 
     name = "clip"
-
-    def __init__(self, model: str = DEFAULT_MODELS["clip"]) -> None:
-        """Load from a local folder or a hub id.
-
-        Raises:
-            ModelError: it cannot be loaded, or is no CLIP.
-        """
-        self._network, self._processor = _load(model, name=self.name, fits=_is_clip)
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the weights."""
-        return _digest(self._network)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -79,19 +86,15 @@ class ClipEmbedder:
         parts = [projected(self._network.get_image_features(**_pixels(self._processor, chunk))) for chunk in _chunks(images)]
         return F.normalize(torch.cat(parts), dim=1)
 
+    @staticmethod
+    def _fits(network: Any) -> bool:
+        return hasattr(network, "get_image_features")
+
 
 def projected(features: Any) -> Tensor:
     """Take the projected embedding out of the object that transformers 5 wraps it in."""
     pooled: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return pooled
-
-
-def _is_dino(network: Any) -> bool:
-    return network.config.model_type in _DINO_TYPES
-
-
-def _is_clip(network: Any) -> bool:
-    return hasattr(network, "get_image_features")
 
 
 def _load(model: str, *, name: str, fits: Callable[[Any], bool]) -> tuple[Any, Any]:
@@ -112,14 +115,6 @@ def _load(model: str, *, name: str, fits: Callable[[Any], bool]) -> tuple[Any, A
         msg = f"cannot load the judge {model}: {first_line(error)}. Give a local folder or a hub id, and check the network."
         raise ModelError(msg) from error
     return network.eval().requires_grad_(False), processor
-
-
-def _digest(network: Any) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _pixels(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:

@@ -108,6 +108,7 @@ def samples_phase(
     images: int,
     rounds: int,
     trained_bytes: int,
+    packed: bool,
     device: torch.device,
 ) -> PhaseLedger:
     """The whole stock pipeline, and the larger of a denoising pass and the decoding of a batch of images.
@@ -119,13 +120,13 @@ def samples_phase(
         images: that are sampled in one go.
         rounds: how often.
         trained_bytes: of the result, which is loaded too.
+        packed: whether the denoiser's weights are held packed, as scales need them.
         device: where the arithmetic is done.
     """
     streamed = recipe.streams_parts
     made = rounds * images
     batch = 1 if streamed else min(BATCH, images)
     side = resolution // folder.vae_scale
-    packed = recipe.method == "scales"
     whole_weights = {"weight_bits": None, "weights": "streamed" if streamed else "resident"}
     held = recipe if packed else recipe.model_copy(update=whole_weights)
     adapter, tiles = denoiser_skeleton(folder, held, blocks=range(folder.block_count), latent_side=side)

@@ -89,7 +89,7 @@ class Ledgers:
             yield _photos(self._setting.photo_reading_bytes)
             yield self._once(lambda: text_phase(folder, recipe, device=device), "text", *held, recipe.class_prompt is None)
             if recipe.class_prompt is not None:
-                made = self._sampling(recipe, resolution, images=recipe.class_images, rounds=1, trained_bytes=0)
+                made = self._sampling(recipe, resolution, images=recipe.class_images, rounds=1, trained_bytes=0, packed=False)
                 yield replace(made, name="class images")
                 kept = (_class_images(recipe.class_images, resolution),)
             kept = (posteriors_item(folder, crops=in_use, side=shapes.side), *kept)
@@ -111,16 +111,24 @@ class Ledgers:
         yield _with(training, kept)
         yield _with(saving_phase(training), kept)
         if folder.has("vae"):
-            images = len(shown_prompts(recipe))
-            samples = self._sampling(recipe, resolution, images=images, rounds=2, trained_bytes=training.item(TRAINED))
+            samples = self._sampling(
+                recipe,
+                resolution,
+                images=len(shown_prompts(recipe)),
+                rounds=2,
+                trained_bytes=training.item(TRAINED),
+                packed=recipe.method == "scales",
+            )
             yield _with(samples, kept)
 
-    def _sampling(self, recipe: Recipe, resolution: int, *, images: int, rounds: int, trained_bytes: int) -> PhaseLedger:
+    def _sampling(
+        self, recipe: Recipe, resolution: int, *, images: int, rounds: int, trained_bytes: int, packed: bool
+    ) -> PhaseLedger:
         settings = {"resolution": resolution, "images": images, "rounds": rounds, "trained_bytes": trained_bytes}
         return self._once(
-            lambda: samples_phase(self._setting.folder, recipe, **settings, device=self._setting.device),
-            *("samples", recipe.weights, recipe.weight_bits, recipe.method, recipe.dtype),
-            *(recipe.vae_tile, recipe.sample_steps, *settings.values()),
+            lambda: samples_phase(self._setting.folder, recipe, **settings, packed=packed, device=self._setting.device),
+            *("samples", recipe.weights, recipe.weight_bits, recipe.dtype, recipe.vae_tile, recipe.sample_steps),
+            *(packed, *settings.values()),
         )
 
     def _once(self, make: Callable[[], PhaseLedger], *key: object) -> PhaseLedger:

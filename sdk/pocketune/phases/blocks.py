@@ -33,5 +33,5 @@ def plan_blocks(job: Job) -> BlockPlan:
         check_targets(adapter, blocks=plan.kept, targets=job.recipe.lora_targets)
     if job.recipe.method == "scales" and job.recipe.weight_bits:
         layers = [name for name, layer in adapter.model.named_modules() if packs(layer, job.recipe.weight_bits)]
-        trained_layers(adapter, plan, layers, targets=job.recipe.scale_targets)
+        trained_layers(adapter, plan, layers, targets=job.recipe.scale_targets)  # refuses a part that no layer is in
     return plan
